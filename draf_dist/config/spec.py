@@ -1,0 +1,148 @@
+"""Specs: YAML 1.2 in, validated pydantic models out, all problems of a file reported together."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from draf_dist.errors import SpecError, explain, together
+
+
+class Spec(BaseModel):
+    """Base of every spec: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+SpecT = TypeVar("SpecT", bound=BaseModel)
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """The mapping in a YAML 1.2 file (`NO` stays a string, `1e-3` is a number).
+
+    Raises:
+        SpecError: there is no such file, it is not YAML, or its top level is not a mapping.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        found = "a folder" if path.is_dir() else "no such file"
+        raise SpecError(explain(str(path), expected="a YAML file", found=found, remedy="Check the path.")) from error
+    except UnicodeDecodeError as error:
+        raise SpecError(explain(str(path), expected="UTF-8 text", found="other bytes", remedy="Save it as UTF-8.")) from error
+    return parse_yaml(text, where=str(path))
+
+
+def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
+    """The mapping in a YAML 1.2 text; `where` names it in errors."""
+    try:
+        loaded = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise SpecError(explain(f"{where}{line}", expected="YAML", found=str(problem), remedy="Mend the syntax.")) from error
+    if not isinstance(loaded, dict):
+        kind = "nothing" if loaded is None else type(loaded).__name__
+        raise SpecError(explain(where, expected="a mapping of keys to values", found=kind, remedy="See docs for an example."))
+    return loaded
+
+
+def load_spec(path: Path | str, model: type[SpecT], overrides: Sequence[str] = ()) -> SpecT:
+    """The spec in a YAML file, with `dotted.key=value` overrides applied before validation."""
+    tree = read_yaml(path)
+    apply_overrides(tree, overrides)
+    return validate_spec(tree, model, where=str(path))
+
+
+def validate_spec(tree: dict[str, Any], model: type[SpecT], *, where: str) -> SpecT:
+    """The tree as a model.
+
+    Raises:
+        SpecError: one line for every problem, with the nearest valid name for an unknown key.
+    """
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise SpecError(together(_problem(where, detail, model) for detail in error.errors())) from error
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Sets dotted keys in place; values are read as YAML, so `1e-3` is a number and `[a, b]` a list.
+
+    Raises:
+        SpecError: an override without `=`, or one that goes through a value that is no mapping.
+    """
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or not dotted:
+            raise SpecError(explain("--set", expected="dotted.key=value", found=repr(override), remedy="For example --set seed=1."))
+        *parents, last = dotted.split(".")
+        node = tree
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise SpecError(
+                    explain(f"--set {dotted}", expected=f"{parent} to be a mapping", found=repr(child), remedy="Set it as a whole.")
+                )
+            node = child
+        node[last] = YAML(typ="safe", pure=True).load(text)
+
+
+def dump_yaml(model: BaseModel, path: Path) -> None:
+    """Writes every field, defaults filled in."""
+    yaml = YAML()
+    yaml.default_flow_style = False
+    with path.open("w", encoding="utf-8") as file:
+        yaml.dump(model.model_dump(mode="json"), file)
+
+
+def canonical_json(value: BaseModel | dict[str, Any] | list[Any]) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, UTF-8. What fingerprints are taken of."""
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def fingerprint(value: BaseModel | dict[str, Any] | list[Any]) -> str:
+    """sha256 of the canonical JSON, 64 hex digits."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def _problem(where: str, detail: Any, model: type[BaseModel]) -> str:
+    path = tuple(detail["loc"])
+    key = ".".join(str(part) for part in path) or "top level"
+    if detail["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(path[-1]), _siblings(model, path[:-1]), n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(sorted(_siblings(model, path[:-1])))}."
+        return explain(f"{where}: {key}", expected="a known key", found=repr(path[-1]), remedy=hint)
+    found = "nothing" if detail["type"] == "missing" else repr(detail["input"])[:80]
+    return f"{where}: {key}: {detail['msg']}, found {found}."
+
+
+def _siblings(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """Valid keys at a path of an error; unions are followed through the tags that pydantic puts in the path."""
+    candidates: list[type[BaseModel]] = [model]
+    for part in path:
+        following: list[type[BaseModel]] = []
+        for candidate in candidates:
+            if part in candidate.model_fields:
+                following += _models_in(candidate.model_fields[part].annotation)
+            elif candidate.model_fields.get("kind") is not None and candidate.model_fields["kind"].default == part:
+                following.append(candidate)
+        # An index of a list or a key of a mapping does not change which model comes next.
+        candidates = following or candidates
+    return sorted({name for candidate in candidates for name in candidate.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    arguments = getattr(annotation, "__args__", ())
+    return [found for argument in arguments for found in _models_in(argument)]

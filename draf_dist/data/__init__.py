@@ -1,0 +1,1 @@
+"""Releases, their order, the loader and what is done to a batch."""

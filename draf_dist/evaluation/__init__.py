@@ -1,0 +1,1 @@
+"""Predictions, robustness sweeps, statistics, the report."""

@@ -1,0 +1,1 @@
+"""Types that flow between the parts."""

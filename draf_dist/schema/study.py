@@ -1,0 +1,36 @@
+"""What a source yields: one subject at one time anchor at one site, raw."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Study:
+    """One subject at one time anchor (event + offset) at one site.
+
+    subject and anchor are as the hospital wrote them: they are hashed before anything is stored and never printed.
+    inputs maps modality -> uint8 (C, H, W) for an image as the source decoded it (any H, W), float32 (T, F) for a series and
+    (1, F) for a table, already in canonical units with NaN where not observed. An absent modality has no entry.
+    image_digests maps modality -> sha256 hex of the raw image file: one file claimed by two subjects is a leak.
+    label is the class index. quality maps modality -> [0, 1] where the source knows it.
+    """
+
+    subject: str
+    site: str
+    anchor: str
+    inputs: dict[str, NDArray[np.uint8] | NDArray[np.float32]]
+    label: int
+    image_digests: dict[str, str] = field(default_factory=dict)
+    quality: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A study that can't be used. `where` is a file and line or row, never a subject; `reason` is one of a few short words."""
+
+    site: str
+    where: str
+    reason: str
+    detail: str

@@ -1,0 +1,1 @@
+"""Raw hospital layouts to studies."""

@@ -1,0 +1,1 @@
+"""Loop, engines, checkpoints, run folder."""
