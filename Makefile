@@ -30,5 +30,12 @@ test: lint
 demo: $(STAMP)
 	$(BIN)/draf demo --out $(DEMO_DIR)
 
+bench: $(STAMP)
+	$(BIN)/python benchmarks/noise.py
+
+# Regret against the planted truth: docs/results.md. About half an hour on two cores.
+study: $(STAMP)
+	$(BIN)/python benchmarks/planted_truth.py
+
 clean:
 	rm -rf $(VENV) $(DEMO_DIR) build *.egg-info

@@ -89,11 +89,20 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
         for parent in parents:
             child = node.setdefault(parent, {})
             if not isinstance(child, dict):
+                found = f"a {type(child).__name__}"
                 raise SpecError(
-                    explain(f"--set {dotted}", expected=f"{parent} to be a mapping", found=repr(child), remedy="Set it as a whole.")
+                    explain(f"--set {dotted}", expected=f"{parent} to be a mapping", found=found, remedy="Set it as a whole.")
                 )
             node = child
-        node[last] = YAML(typ="safe", pure=True).load(text)
+        node[last] = _override_value(dotted, text)
+
+
+def _override_value(dotted: str, text: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        remedy = "Mend the brackets and quotes; the shell needs quotes around the whole."
+        raise SpecError(explain(f"--set {dotted}", expected="a YAML value", found=repr(text[:80]), remedy=remedy)) from error
 
 
 def dump_yaml(model: BaseModel, path: Path) -> None:
@@ -117,7 +126,7 @@ def fingerprint(value: BaseModel | dict[str, Any] | list[Any]) -> str:
 
 def _problem(where: str, detail: Any, model: type[BaseModel]) -> str:
     path = tuple(detail["loc"])
-    key = ".".join(str(part) for part in path) or "top level"
+    key = ".".join(_as_written(model, path)) or "top level"
     if detail["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(path[-1]), _siblings(model, path[:-1]), n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(sorted(_siblings(model, path[:-1])))}."
@@ -130,15 +139,38 @@ def _siblings(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """Valid keys at a path of an error; unions are followed through the tags that pydantic puts in the path."""
     candidates: list[type[BaseModel]] = [model]
     for part in path:
-        following: list[type[BaseModel]] = []
-        for candidate in candidates:
-            if part in candidate.model_fields:
-                following += _models_in(candidate.model_fields[part].annotation)
-            elif candidate.model_fields.get("kind") is not None and candidate.model_fields["kind"].default == part:
-                following.append(candidate)
-        # An index of a list or a key of a mapping does not change which model comes next.
-        candidates = following or candidates
+        candidates = _next_models(candidates, part)
     return sorted({name for candidate in candidates for name in candidate.model_fields})
+
+
+def _as_written(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """The keys of a path as they stand in the file, without the tags of unions; they are what --set takes."""
+    candidates: list[type[BaseModel]] = [model]
+    keys: list[str] = []
+    after_key = False
+    for part in path:
+        fields = {name for candidate in candidates for name in candidate.model_fields}
+        is_tag = after_key and part not in fields and part in _tags(candidates)
+        if not is_tag:
+            keys.append(str(part))
+        after_key = not is_tag
+        candidates = _next_models(candidates, part)
+    return keys
+
+
+def _next_models(candidates: list[type[BaseModel]], part: Any) -> list[type[BaseModel]]:
+    following: list[type[BaseModel]] = []
+    for candidate in candidates:
+        if part in candidate.model_fields:
+            following += _models_in(candidate.model_fields[part].annotation)
+        elif part in _tags([candidate]):
+            following.append(candidate)
+    # An index of a list or a key of a mapping does not change which model comes next.
+    return following or candidates
+
+
+def _tags(candidates: list[type[BaseModel]]) -> set[Any]:
+    return {candidate.model_fields["kind"].default for candidate in candidates if "kind" in candidate.model_fields}
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

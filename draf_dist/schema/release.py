@@ -54,8 +54,39 @@ class ReleaseStats(Record):
     variables: dict[str, tuple[VariableStats, ...]]
 
 
+class QuarantinedStudy(Record):
+    """One study that could not be used: a file and row, never a subject."""
+
+    site: str
+    where: str
+    reason: str
+
+
+class Quarantine(Record):
+    """quarantine.json: what was left out, and values taken for not observed because their variable's range excludes them.
+
+    limit is the share of studies that may be quarantined. out_of_range: "<modality>.<variable>" -> values.
+    """
+
+    num_studies: int = Field(ge=0)
+    limit: float = Field(ge=0, le=1)
+    reasons: dict[str, int]
+    studies: tuple[QuarantinedStudy, ...]
+    out_of_range: dict[str, int]
+
+
+class Head(Record):
+    """HEAD.json: the newest release of a data set, the only object that changes."""
+
+    version: str
+
+
 class ReleaseManifest(Record):
-    """release.json, written last. counts: site -> split -> {"studies": n, "<modality>": n present}."""
+    """release.json, written last. counts: site -> split -> {"studies": n, "<modality>": n present}.
+
+    version is the first 16 hex digits of the sha256 of everything else here but the parent. subject_key_check names the key
+    that the subjects were hashed with, without giving it away; studies of held_out_sites are in split `ood` only.
+    """
 
     version: str
     name: str
@@ -63,7 +94,10 @@ class ReleaseManifest(Record):
     schema_sha256: str
     stats_sha256: str
     subjects_sha256: str
+    quarantine_sha256: str
     card_sha256: str
+    subject_key_check: str
+    held_out_sites: tuple[str, ...] = ()
     counts: dict[str, dict[str, dict[str, int]]]
     quarantined: dict[str, int]
     receipts: dict[Split, Receipt]

@@ -14,7 +14,8 @@ class Study:
     inputs maps modality -> uint8 (C, H, W) for an image as the source decoded it (any H, W), float32 (T, F) for a series and
     (1, F) for a table, already in canonical units with NaN where not observed. An absent modality has no entry.
     image_digests maps modality -> sha256 hex of the raw image file: one file claimed by two subjects is a leak.
-    label is the class index. quality maps modality -> [0, 1] where the source knows it.
+    label is the class index. quality maps modality -> [0, 1] where the source knows it. where is the place in the export,
+    a file and a row, for messages: never a subject.
     """
 
     subject: str
@@ -24,6 +25,7 @@ class Study:
     label: int
     image_digests: dict[str, str] = field(default_factory=dict)
     quality: dict[str, float] = field(default_factory=dict)
+    where: str = ""
 
 
 @dataclass(frozen=True)
