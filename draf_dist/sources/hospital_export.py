@@ -1,0 +1,228 @@
+"""Any folder of images and CSV tables that a card describes, as studies; one site at a time, so memory is bounded by one site."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from draf_dist.errors import DataError, SpecError, explain, together
+from draf_dist.schema.study import Rejection, Study
+from draf_dist.sources import records, site_column
+from draf_dist.sources.base import SourceCounts, TableCounts
+from draf_dist.sources.card import Card, check_card
+from draf_dist.sources.card_model import ImageCard, ModalityCard, SiteColumn
+from draf_dist.sources.images import Claims, ImageChoice, ImageError, choose_images, image_columns, load_image
+from draf_dist.sources.study_rows import StudyRows, count_rows, in_window, join_rows, read_studies, study_columns
+from draf_dist.sources.tables import NO_TIME, Table, TableFile, find_table, read_table
+
+
+class HospitalExport:
+    """The source of kind `hospital_export`: a card and the raw folder that it describes.
+
+    Raises:
+        SpecError: the card contradicts itself, or there is no such folder.
+    """
+
+    def __init__(self, card: Card, raw: Path) -> None:
+        check_card(card, where=f"card {card.name}")
+        if not raw.is_dir():
+            raise SpecError(explain(str(raw), expected="a folder", found="none", remedy="Give the raw export's folder with --raw."))
+        self.card = card
+        self.raw = raw
+        self.name = card.name
+        self.schema = card.data_schema()
+        self.held_out_sites = frozenset(card.split.held_out_sites)
+        self.public_subject_key = card.split.public_subject_key
+        self.card_sha256 = card.sha256
+        self.counts = SourceCounts()
+
+    def studies(self) -> Iterator[Study | Rejection]:
+        """Every study once: sites in the card's order, within a site in the order of the studies table.
+
+        Raises:
+            DataError: the export as a whole does not fit the card. Files and columns of all sites are checked before the first
+                study is yielded; units and images claimed twice when their site is read.
+        """
+        self.counts = SourceCounts()
+        reader = _Reader(self.card, self.raw)
+        reader.check()
+        claims = Claims({})
+        keys = _StudyKeys(self.card)
+        for site in self.card.sites.names():
+            studies, rejections = _studies_of_site(self.card, reader, site)
+            yield from rejections
+            keys.check(studies)
+            yield from self._site_studies(reader, claims, studies)
+
+    def _site_studies(self, reader: "_Reader", claims: Claims, studies: StudyRows) -> Iterator[Study | Rejection]:
+        content = _SiteContent()
+        problems = []
+        for modality in self.card.modalities:
+            if not _is_recorded(modality, studies.site):
+                continue
+            try:
+                self._read_modality(reader, claims, studies, modality, content)
+            except DataError as error:
+                problems.append(str(error))
+        if problems:
+            raise DataError(together(problems))
+        subjects = studies.subject.to_pylist()
+        for i in range(len(studies)):
+            yield self._study(studies, content, i, subjects[i])
+
+    def _read_modality(
+        self, reader: "_Reader", claims: Claims, studies: StudyRows, modality: ModalityCard, content: "_SiteContent"
+    ) -> None:
+        table = reader.table(modality.table, studies.site)
+        rows = join_rows(self.card, modality.table, table, studies)
+        tally = self.counts.tables.setdefault(f"{modality.name}.{modality.table}", TableCounts())
+        count_rows(rows, table, tally, shared=reader.is_shared(modality.table))
+        inside = in_window(rows, modality.window_h, tally)
+        if not isinstance(modality, ImageCard):
+            parts = records.Extract(self.card, studies.site, modality, table, inside, len(studies))
+            content.values[modality.name] = records.extract(parts, self.counts.variables)
+            return
+        folder = self.card.sites.folder(studies.site)
+        claims.check(modality, table, studies, rows, folder=folder)
+        content.images[modality.name] = (modality, table, choose_images(modality, table, inside, folder=folder))
+        # Whether an image with an unreadable time is from before the anchor can't be known, and it may be the one that counts.
+        undated = rows.select(rows.age_us == NO_TIME)
+        content.undated |= dict(zip(undated.study.tolist(), map(table.where, undated.position.tolist()), strict=True))
+
+    def _study(self, studies: StudyRows, content: "_SiteContent", i: int, subject: str) -> Study | Rejection:
+        if i in content.undated:
+            return Rejection(studies.site, content.undated[i], "bad time", "the time of an image is missing or unreadable")
+        inputs: dict[str, NDArray[np.uint8] | NDArray[np.float32]] = {}
+        digests: dict[str, str] = {}
+        for modality in self.card.modalities:
+            values = content.values.get(modality.name)
+            if values is not None and not np.isnan(values[i]).all():
+                inputs[modality.name] = values[i]
+            if isinstance(modality, ImageCard) and modality.name in content.images:
+                _, table, chosen = content.images[modality.name]
+                if i not in chosen:
+                    continue
+                try:
+                    inputs[modality.name], digests[modality.name] = load_image(self.raw, chosen[i], modality)
+                except ImageError as error:
+                    return Rejection(studies.site, table.where(chosen[i].row), error.reason, error.detail)
+        if not inputs:
+            return Rejection(studies.site, studies.where(i), "no input", "no modality has anything in its window")
+        anchor = studies.anchor_text[i]
+        return Study(subject, studies.site, anchor, inputs, int(studies.label[i]), image_digests=digests, where=studies.where(i))
+
+
+@dataclass
+class _SiteContent:
+    """What one site holds. values: modality -> (n, T, F). images: modality -> its card, table, choice by study.
+
+    undated: study -> the place of an image whose time is not known.
+    """
+
+    values: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    images: dict[str, tuple[ImageCard, Table, dict[int, ImageChoice]]] = field(default_factory=dict)
+    undated: dict[int, str] = field(default_factory=dict)
+
+
+class _Reader:
+    """Tables of an export: each read once per site with all columns that anything needs; files of all sites are kept."""
+
+    def __init__(self, card: Card, raw: Path) -> None:
+        self._card = card
+        self._raw = raw
+        self._site = ""
+        self._tables: dict[str, Table] = {}
+
+    def is_shared(self, name: str) -> bool:
+        """Whether one file serves all sites."""
+        return "{site}" not in self._card.tables[name].path
+
+    def check(self) -> None:
+        """Looks for the files and columns of all sites.
+
+        Raises:
+            DataError: what is missing, all files together.
+        """
+        problems: dict[str, None] = {}
+        for site in self._card.sites.names():
+            for name in self._needed(site):
+                try:
+                    self._find(name, site)
+                except DataError as error:
+                    problems[str(error)] = None
+        if problems:
+            raise DataError(together(problems))
+
+    def table(self, name: str, site: str) -> Table:
+        """A table of a site; what earlier sites alone needed is dropped."""
+        if site != self._site:
+            self._tables = {kept: table for kept, table in self._tables.items() if self.is_shared(kept)}
+            self._site = site
+        if name not in self._tables:
+            self._tables[name] = read_table(self._find(name, site), self._card.tables[name], missing=self._card.missing)
+        return self._tables[name]
+
+    def _find(self, name: str, site: str) -> TableFile:
+        sites = self._card.sites.names() if self.is_shared(name) else (site,)
+        columns = set().union(*(self._needed(one).get(name, set()) for one in sites))
+        folder = self._card.sites.folder(site)
+        return find_table(self._raw, self._card.tables[name], site=site, folder=folder, columns=columns)
+
+    def _needed(self, site: str) -> dict[str, set[str]]:
+        """Table -> columns that a site needs."""
+        card = self._card
+        needed = {card.studies.table: study_columns(card)}
+        if isinstance(card.sites, SiteColumn):
+            needed[card.studies.table].add(card.sites.column)
+        for modality in card.modalities:
+            if not _is_recorded(modality, site):
+                continue
+            if isinstance(modality, ImageCard):
+                columns = image_columns(card, modality)
+            else:
+                columns = records.record_columns(card, modality, site)
+            needed.setdefault(modality.table, set()).update(columns)
+        return needed
+
+
+class _StudyKeys:
+    """Study ids of earlier sites, where a file that all sites share is joined by them: there the same id would mix two sites up."""
+
+    def __init__(self, card: Card) -> None:
+        joined = [card.tables[modality.table] for modality in card.modalities if modality.table != card.studies.table]
+        self._matter = any(table.study is not None and "{site}" not in table.path for table in joined)
+        self._seen: set[str] = set()
+
+    def check(self, studies: StudyRows) -> None:
+        """Notes the ids of a site.
+
+        Raises:
+            DataError: an id that an earlier site used.
+        """
+        if not self._matter or studies.study_key is None:
+            return
+        new = set(studies.study_key.to_pylist())
+        if again := len(new & self._seen):
+            found = f"{again} that another site uses too"
+            remedy = "Give every site its own files ({site} in paths), or make the ids unique."
+            raise DataError(
+                explain(f"{studies.table.file}: site {studies.site}", expected="study ids of its own", found=found, remedy=remedy)
+            )
+        self._seen |= new
+
+
+def _is_recorded(modality: ModalityCard, site: str) -> bool:
+    return site not in modality.absent_at if isinstance(modality, ImageCard) else records.is_recorded(modality, site)
+
+
+def _studies_of_site(card: Card, reader: _Reader, site: str) -> tuple[StudyRows, list[Rejection]]:
+    table = reader.table(card.studies.table, site)
+    if not isinstance(card.sites, SiteColumn):
+        return read_studies(card, table, site, np.arange(table.num_rows, dtype=np.int64))
+    index = site_column.site_index(card.sites, table)
+    place = card.sites.names().index(site)
+    studies, rejections = read_studies(card, table, site, np.flatnonzero(index == place))
+    # Rows of no site are told once, with the first.
+    return studies, (site_column.unknown_sites(table, index) if place == 0 else []) + rejections
