@@ -1,0 +1,3 @@
+"""Synthetic hospitals with a planted truth; docs/synth.md."""
+
+from draf_dist.sources.synth.write import synthesise as synthesise
