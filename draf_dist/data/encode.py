@@ -1,0 +1,124 @@
+"""Arrays -> member bytes, the same bytes for the same array; the counterpart of data/decode.py."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from draf_dist.data.shards import PNG_CHANNELS, extension
+from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, SeriesSpec, TableSpec
+from draf_dist.schema.study import Study
+
+PNG_COMPRESSION = 6
+MODES = {1: "L", 3: "RGB"}
+
+
+@dataclass(frozen=True)
+class EncodedStudy:
+    """A study as a shard holds it.
+
+    members: what `extension` gives -> bytes. present: modalities. out_of_range: "<modality>.<variable>" -> values left out.
+    """
+
+    members: Mapping[str, bytes]
+    present: tuple[str, ...]
+    out_of_range: Mapping[str, int]
+
+
+class UnfitError(Exception):
+    """A study that does not fit the schema: reason is one of a few short words, detail says more. It goes to quarantine."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def encode_study(study: Study, schema: DataSchema) -> EncodedStudy:
+    """The members of a study, without its json. A modality of which nothing is observed is absent.
+
+    Raises:
+        UnfitError: it does not fit the schema, or nothing of it is present.
+    """
+    _check_names(study, schema)
+    members: dict[str, bytes] = {}
+    present: list[str] = []
+    out_of_range: dict[str, int] = {}
+    for spec in schema.modalities:
+        if spec.name not in study.inputs:
+            continue
+        array = study.inputs[spec.name]
+        if isinstance(spec, ImageSpec):
+            stored: NDArray[np.uint8] | NDArray[np.float32] = resized(array, spec)
+        else:
+            stored, excluded = in_range(array, spec)
+            out_of_range |= {f"{spec.name}.{name}": count for name, count in excluded.items()}
+            if np.isnan(stored).all():
+                continue
+        members[extension(spec)] = encode_array(stored, spec)
+        present.append(spec.name)
+    if not present:
+        raise UnfitError("no input", "no modality with an observed value")
+    return EncodedStudy(members, tuple(present), out_of_range)
+
+
+def resized(array: NDArray[np.uint8] | NDArray[np.float32], spec: ImageSpec) -> NDArray[np.uint8]:
+    """The image, uint8 (C, H, W), in the size of the schema: the mean over the area that a pixel covers, bilinear where it grows.
+
+    Raises:
+        UnfitError: it is no such image, or all its pixels are equal.
+    """
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[0] != spec.channels or 0 in array.shape:
+        raise UnfitError("bad shape", f"{spec.name}: expected uint8 ({spec.channels}, H, W), found {array.dtype} {array.shape}")
+    pixels = array.astype(np.uint8, copy=False)
+    if pixels.min() == pixels.max():
+        raise UnfitError("blank image", f"{spec.name}: all pixels are {pixels.flat[0]}")
+    if pixels.shape[1:] == (spec.height, spec.width):
+        return pixels
+    shrinks = pixels.shape[1] >= spec.height and pixels.shape[2] >= spec.width
+    resampling = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
+    # In floating point: on uint8 Pillow rounds after each axis, and up.
+    planes = [Image.fromarray(plane.astype(np.float32)).resize((spec.width, spec.height), resampling) for plane in pixels]
+    return np.stack([np.rint(np.asarray(plane)).astype(np.uint8) for plane in planes])
+
+
+def in_range(
+    array: NDArray[np.uint8] | NDArray[np.float32], spec: SeriesSpec | TableSpec
+) -> tuple[NDArray[np.float32], dict[str, int]]:
+    """The values, float32 (T, F), with NaN in place of what is implausible; and how many of each variable that were.
+
+    Raises:
+        UnfitError: they have another type or shape.
+    """
+    shape = (spec.num_steps if isinstance(spec, SeriesSpec) else 1, len(spec.variables))
+    if array.dtype != np.float32 or array.shape != shape:
+        raise UnfitError("bad shape", f"{spec.name}: expected float32 {shape}, found {array.dtype} {array.shape}")
+    # Bounds are rounded as the values are, or a value on the bound would fall outside.
+    low = np.array([-np.inf if v.low is None else v.low for v in spec.variables], dtype=np.float32)
+    high = np.array([np.inf if v.high is None else v.high for v in spec.variables], dtype=np.float32)
+    excluded = (array < low) | (array > high) | np.isinf(array)
+    counts = {v.name: int(n) for v, n in zip(spec.variables, excluded.sum(axis=0), strict=True) if n}
+    return np.where(excluded, np.float32(np.nan), array.astype(np.float32, copy=False)), counts
+
+
+def encode_array(array: NDArray[np.uint8] | NDArray[np.float32], spec: ModalitySpec) -> bytes:
+    """One member: PNG for grey and RGB images, npy for everything else."""
+    buffer = io.BytesIO()
+    if isinstance(spec, ImageSpec) and spec.channels in PNG_CHANNELS:
+        pixels = array[0] if spec.channels == 1 else np.moveaxis(array, 0, -1)
+        Image.fromarray(np.ascontiguousarray(pixels), MODES[spec.channels]).save(buffer, "PNG", compress_level=PNG_COMPRESSION)
+    else:
+        little = np.ascontiguousarray(array, dtype="|u1" if isinstance(spec, ImageSpec) else "<f4")
+        np.lib.format.write_array(buffer, little, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _check_names(study: Study, schema: DataSchema) -> None:
+    if study.site not in schema.sites:
+        raise UnfitError("unknown site", f"expected one of {', '.join(schema.sites)}")
+    if not 0 <= study.label < schema.num_classes:
+        raise UnfitError("unknown label", f"class index {study.label} of {schema.num_classes} classes")
+    if unknown := sorted(set(study.inputs) - set(schema.names)):
+        raise UnfitError("unknown modality", f"{', '.join(unknown)} beside {', '.join(schema.names)}")

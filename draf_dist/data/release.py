@@ -1,0 +1,275 @@
+"""A release, read: one immutable, content-addressed version of a data set at a URL."""
+
+import difflib
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from draf_dist.config.spec import canonical_json
+from draf_dist.data.shards import ShardIndex, decode_index
+from draf_dist.errors import DataError, SpecError, explain
+from draf_dist.schema.modality import DataSchema, Record
+from draf_dist.schema.release import Head, Quarantine, ReleaseManifest, ReleaseStats, ShardRecord, Split
+from draf_dist.storage import MissingError, Store, open_store
+
+HEAD = "HEAD.json"
+RELEASES = "releases"
+SUBJECTS_SCHEMA = pa.schema(
+    [
+        pa.field("subject", pa.string(), nullable=False),
+        pa.field("site", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("component", pa.string(), nullable=False),
+        pa.field("uid", pa.int64(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+    ]
+)
+RESTORE = "Restore the file from a copy."
+REWRITE = "Restore the file from a copy, or delete it and run draf prepare again on the same export: it writes what is missing."
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+@dataclass(frozen=True)
+class Release:
+    """One pinned version. url is that of the data set, without the version; reading is safe from several threads."""
+
+    url: str
+    version: str
+    store: Store
+    manifest: ReleaseManifest
+    schema: DataSchema
+    stats: ReleaseStats
+
+    @property
+    def pinned_url(self) -> str:
+        """The URL that names this version for ever."""
+        return f"{self.url}@{self.version}"
+
+    def shards(self, split: Split) -> tuple[ShardRecord, ...]:
+        """The shards of a split, in manifest order."""
+        return tuple(shard for shard in self.manifest.shards if shard.split == split)
+
+    def index(self, shard: ShardRecord) -> ShardIndex:
+        """Where the members of a shard are.
+
+        Raises:
+            DataError: the index is not there or not the one that the manifest names.
+        """
+        path = index_path(shard)
+        data = _read_checked(self.store, path, shard.index_sha256)
+        try:
+            return decode_index(data, self.schema.names)
+        except ValueError as error:
+            where = self.store.where(path)
+            raise DataError(explain(where, expected="an index", found=str(error), remedy=REWRITE)) from error
+
+    def subjects(self) -> pa.Table:
+        """Every study: subject (pseudonym), site, split, component, uid, label; in the order of uids."""
+        return load_subjects(self.store, self.manifest)
+
+    def quarantine(self) -> Quarantine:
+        """What was left out and why."""
+        path = release_path(self.version, "quarantine.json")
+        return _parse(Quarantine, _read_checked(self.store, path, self.manifest.quarantine_sha256), self.store.where(path))
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """One line of the history of a data set. is_head: what a URL without a version means now."""
+
+    version: str
+    parent: str | None
+    is_head: bool
+    num_studies: dict[str, int]
+    num_quarantined: int
+
+
+def tar_path(shard: ShardRecord) -> str:
+    """Where a shard lies in its store."""
+    return f"shards/{shard.split}/{shard.sha256}.tar"
+
+
+def index_path(shard: ShardRecord) -> str:
+    """Where the index of a shard lies in its store."""
+    return f"shards/{shard.split}/{shard.sha256}.idx"
+
+
+def release_path(version: str, name: str) -> str:
+    """Where a file of a release lies in its store."""
+    return f"{RELEASES}/{version}/{name}"
+
+
+def version_of(manifest: ReleaseManifest) -> str:
+    """The content address: what a release says of itself, but for its parent, decides its version."""
+    return _version_of_json(manifest.model_dump(mode="json"))
+
+
+def split_version(url: str) -> tuple[str, str | None]:
+    """URL@version as (URL, version); the version is None where none is given."""
+    folder, slash, name = url.rstrip("/").rpartition("/")
+    name, at, version = name.partition("@")
+    return f"{folder}{slash}{name}", version if at else None
+
+
+def open_release(url: str) -> Release:
+    """The release that URL@version names, or the newest one at URL.
+
+    Raises:
+        SpecError: nothing is there, or not that version; says what is there.
+        DataError: what is there is broken.
+        UnreachableError: the store does not answer, or refuses the credentials.
+    """
+    base, version = split_version(url)
+    store = open_store(base, must_exist=True)
+    if version is not None:
+        return load_release(base, store, version)
+    head = read_head(store)
+    if head is None:
+        raise SpecError(explain(base, expected="a release", found=_what_is_there(store), remedy="Make one with draf prepare."))
+    try:
+        return _load(base, store, load_manifest(store, head[0].version))
+    except MissingError as error:
+        raise dangling(store, head[0]) from error
+
+
+def load_release(url: str, store: Store, version: str) -> Release:
+    """One version of the data set in a store; raises as `open_release`."""
+    try:
+        manifest = load_manifest(store, version)
+    except MissingError as error:
+        raise _no_version(url, store, version) from error
+    return _load(url, store, manifest)
+
+
+def _load(url: str, store: Store, manifest: ReleaseManifest) -> Release:
+    version = manifest.version
+    return Release(
+        url=url,
+        version=version,
+        store=store,
+        manifest=manifest,
+        schema=_read_part(store, version, "schema.json", manifest.schema_sha256, DataSchema),
+        stats=_read_part(store, version, "stats.json", manifest.stats_sha256, ReleaseStats),
+    )
+
+
+def load_manifest(store: Store, version: str) -> ReleaseManifest:
+    """release.json of a version.
+
+    Raises:
+        MissingError: there is none, so the version was never completed.
+        DataError: its content is not what the version stands for.
+    """
+    path = release_path(version, "release.json")
+    data = store.read(path)
+    manifest = _parse(ReleaseManifest, data, store.where(path))
+    # Of the text and not of the model: a field that a later program adds must not change the version of an old release.
+    actual = _version_of_json(json.loads(data))
+    if manifest.version != version or actual != version:
+        found = f"the content of version {actual}"
+        raise DataError(explain(store.where(path), expected=f"version {version}", found=found, remedy=RESTORE))
+    return manifest
+
+
+def load_subjects(store: Store, manifest: ReleaseManifest) -> pa.Table:
+    """subjects.parquet of a release.
+
+    Raises:
+        DataError: it is not there or not the one that the manifest names.
+    """
+    path = release_path(manifest.version, "subjects.parquet")
+    return pq.read_table(io.BytesIO(_read_checked(store, path, manifest.subjects_sha256, remedy=RESTORE)))
+
+
+def read_head(store: Store) -> tuple[Head, str] | None:
+    """The newest version and the tag to swap it by; None in a store without a release."""
+    try:
+        data, etag = store.read_with_etag(HEAD)
+    except MissingError:
+        return None
+    return _parse(Head, data, store.where(HEAD)), etag
+
+
+def list_versions(store: Store) -> list[str]:
+    """Versions that are complete: their release.json is there."""
+    paths = [path.split("/") for path in store.list(RELEASES)]
+    return sorted(parts[1] for parts in paths if len(parts) == 3 and parts[2] == "release.json")
+
+
+def release_log(url: str) -> tuple[LogEntry, ...]:
+    """Every complete version: the head first, then its parents; then those that no head leads to. Raises as `open_release`."""
+    newest = open_release(split_version(url)[0])
+    manifests = {version: load_manifest(newest.store, version) for version in list_versions(newest.store)}
+    order: list[str] = []
+    version: str | None = newest.version
+    while version in manifests and version not in order:
+        order.append(version)
+        version = manifests[version].parent
+    order += [version for version in sorted(manifests) if version not in order]
+    return tuple(_log_entry(manifests[version], is_head=version == newest.version) for version in order)
+
+
+def _log_entry(manifest: ReleaseManifest, *, is_head: bool) -> LogEntry:
+    num_studies: dict[str, int] = {}
+    for by_split in manifest.counts.values():
+        for split, counts in by_split.items():
+            num_studies[split] = num_studies.get(split, 0) + counts["studies"]
+    return LogEntry(manifest.version, manifest.parent, is_head, num_studies, sum(manifest.quarantined.values()))
+
+
+def _read_part(store: Store, version: str, name: str, sha256: str, model: type[RecordT]) -> RecordT:
+    path = release_path(version, name)
+    return _parse(model, _read_checked(store, path, sha256), store.where(path))
+
+
+def _version_of_json(content: dict[str, Any]) -> str:
+    defining = {name: value for name, value in content.items() if name not in ("version", "parent")}
+    return hashlib.sha256(canonical_json(defining)).hexdigest()[:16]
+
+
+def _read_checked(store: Store, path: str, sha256: str, remedy: str = REWRITE) -> bytes:
+    where = store.where(path)
+    try:
+        data = store.read(path)
+    except MissingError as error:
+        raise DataError(explain(where, expected="a file of the release", found="nothing", remedy=remedy)) from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DataError(explain(where, expected=f"sha256 {sha256[:16]}...", found="other bytes", remedy=remedy))
+    return data
+
+
+def _parse(model: type[RecordT], data: bytes, where: str) -> RecordT:
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"{first['msg']} at {'.'.join(str(part) for part in first['loc']) or 'top level'}"
+        raise DataError(explain(where, expected=f"a {model.__name__}", found=found, remedy=RESTORE)) from error
+
+
+def dangling(store: Store, head: Head) -> DataError:
+    """The error for a HEAD.json whose version was never completed, or was deleted."""
+    found = f"{head.version}, which has no release.json"
+    return DataError(explain(store.where(HEAD), expected="a version that is there", found=found, remedy=RESTORE))
+
+
+def _no_version(url: str, store: Store, version: str) -> SpecError:
+    versions = list_versions(store)
+    near = difflib.get_close_matches(version, versions, n=1)
+    hint = f"Did you mean {url}@{near[0]}?" if near else "Use one of them, or the URL alone for the newest."
+    found = f"versions {', '.join(versions)}" if versions else _what_is_there(store)
+    return SpecError(explain(f"{url}@{version}", expected="a version of the data set", found=found, remedy=hint))
+
+
+def _what_is_there(store: Store) -> str:
+    versions = list_versions(store)
+    if versions:
+        return f"no HEAD.json but versions {', '.join(versions)}"
+    paths = store.list()
+    return "only the parts of an unfinished one" if any(path.startswith(("shards/", RELEASES)) for path in paths) else "none"

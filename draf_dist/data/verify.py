@@ -1,0 +1,237 @@
+"""Recomputes everything that a release says of itself: `draf release verify`."""
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from draf_dist.data.decode import UndecodableError, decode_study
+from draf_dist.data.receipts import receipt
+from draf_dist.data.release import REWRITE, SUBJECTS_SCHEMA, Release, index_path, tar_path
+from draf_dist.data.shards import META, READ_BLOCK_BYTES, Member, ShardIndex, extension, index_tar, sha256_of
+from draf_dist.data.splits import component_of
+from draf_dist.data.stats import StatsBuilder, decode_member
+from draf_dist.errors import DataError, explain
+from draf_dist.schema.identity import uid_name
+from draf_dist.schema.modality import ImageSpec
+from draf_dist.schema.release import SPLITS, ShardRecord, Split
+from draf_dist.storage import MissingError, room_on
+
+LEAK_REMEDY = "Do not train on this release; prepare it again."
+
+
+def broken(where: str, expected: str, found: str) -> DataError:
+    """The error for bytes that are not what the release says."""
+    return DataError(explain(where, expected=expected, found=found, remedy=REWRITE))
+
+
+def leak(where: str, expected: str, found: str) -> DataError:
+    """The error for data that would make an evaluation dishonest."""
+    return DataError(explain(where, expected=expected, found=found, remedy=LEAK_REMEDY))
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was found to be whole."""
+
+    version: str
+    num_shards: int
+    num_samples: int
+    num_members: int
+    num_subjects: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Study:
+    subject: str
+    site: str
+    split: Split
+    label: str
+
+
+def verify(release: Release, on_progress: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
+    """Reads every byte of the release; memory holds one record a study and one sample at a time.
+
+    on_progress is called with (samples checked, all samples).
+
+    Raises:
+        DataError: names the first file, member or rule that is broken.
+        UnreachableError: the store does not answer, or refuses the credentials.
+        StorageFullError: a remote shard does not fit on the temporary disk.
+    """
+    studies = _studies(release)
+    release.quarantine()
+    contents = _Contents(release, studies)
+    total = sum(shard.num_samples for shard in release.manifest.shards)
+    for shard in release.manifest.shards:
+        with _local_tar(release, shard) as path:
+            contents.check_shard(shard, path)
+        on_progress(contents.num_samples, total)
+    contents.check_totals()
+    return VerifyReport(
+        version=release.version,
+        num_shards=len(release.manifest.shards),
+        num_samples=contents.num_samples,
+        num_members=contents.num_members,
+        num_subjects=len({study.subject for study in studies.values()}),
+        size_bytes=sum(shard.size_bytes for shard in release.manifest.shards),
+    )
+
+
+def _studies(release: Release) -> dict[int, _Study]:
+    """subjects.parquet by uid, after the checks of which subject may be in which split."""
+    table = release.subjects()
+    where = f"{release.pinned_url}: subjects.parquet"
+    if not table.schema.equals(SUBJECTS_SCHEMA):
+        raise broken(where, f"columns {SUBJECTS_SCHEMA.names}", f"{table.schema.names}")
+    studies: dict[int, _Study] = {}
+    split_of: dict[str, str] = {}
+    held_out: dict[str, bool] = {}
+    for row in table.to_pylist():
+        if row["uid"] in studies:
+            raise broken(where, "every study once", f"{uid_name(row['uid'])} twice")
+        if row["component"] != component_of(row["subject"]) or split_of.setdefault(row["component"], row["split"]) != row["split"]:
+            found = f"the subject of study {uid_name(row['uid'])} also in another"
+            raise leak(where, "every subject in one split", found)
+        held_out[row["component"]] = held_out.get(row["component"], False) or row["site"] in release.manifest.held_out_sites
+        studies[row["uid"]] = _Study(row["subject"], row["site"], row["split"], row["label"])
+    for uid, study in studies.items():
+        if (study.split == "ood") != held_out[component_of(study.subject)]:
+            expected = "subjects of held-out sites, and no others, in ood"
+            found = f"study {uid_name(uid)} of site {study.site} in {study.split}"
+            raise leak(where, expected, found)
+    return studies
+
+
+@contextmanager
+def _local_tar(release: Release, shard: ShardRecord) -> Iterator[Path]:
+    """The tar as a local file: a remote one is copied block by block to a temporary file."""
+    store, where = release.store, release.store.where(tar_path(shard))
+    try:
+        size = store.size(tar_path(shard))
+        if size is None:
+            raise broken(where, f"a shard of {shard.num_samples} samples", "nothing")
+        if (local := store.local_path(tar_path(shard))) is not None:
+            yield local
+            return
+        with tempfile.TemporaryDirectory(prefix="draf-verify-") as name, room_on(Path(name)):
+            copy = Path(name) / f"{shard.sha256}.tar"
+            with copy.open("wb") as file:
+                for start in range(0, size, READ_BLOCK_BYTES):
+                    file.write(store.read_range(tar_path(shard), start, min(start + READ_BLOCK_BYTES, size)))
+            yield copy
+    except MissingError as error:
+        raise broken(where, "a shard", "nothing") from error
+
+
+class _Contents:
+    """Reads the shards one after the other and sums up what they hold, to be held against the manifest."""
+
+    def __init__(self, release: Release, studies: dict[int, _Study]) -> None:
+        self.num_members = 0
+        self._release, self._studies = release, studies
+        self._stats = StatsBuilder(release.schema)
+        self._uids: dict[Split, list[int]] = {split: [] for split in SPLITS}
+        self._counts: Counter[tuple[str, Split, str]] = Counter()
+        # Digest of a stored image -> the study in which it was first seen.
+        self._images: dict[bytes, int] = {}
+
+    @property
+    def num_samples(self) -> int:
+        """Samples read so far."""
+        return sum(len(uids) for uids in self._uids.values())
+
+    def check_shard(self, shard: ShardRecord, path: Path) -> None:
+        """Members first, so that what is broken has a name; then the file as a whole."""
+        index = self._release.index(shard)
+        where = self._release.store.where(tar_path(shard))
+        if index.num_samples != shard.num_samples:
+            raise broken(self._release.store.where(index_path(shard)), f"{shard.num_samples} samples", f"{index.num_samples}")
+        with path.open("rb") as file:
+            for i in range(index.num_samples):
+                self._check_sample(shard, index, i, file, where)
+        size, digest = path.stat().st_size, sha256_of(path)
+        if size != shard.size_bytes or digest != shard.sha256:
+            expected = f"{shard.size_bytes} bytes with sha256 {shard.sha256[:16]}..."
+            raise broken(
+                where, expected, f"{size} bytes with sha256 {digest[:16]}... (no member is damaged, but what lies between is)"
+            )
+        actual = index_tar(path, self._release.schema)
+        if not (np.array_equal(actual.uids, index.uids) and np.array_equal(actual.members, index.members)):
+            raise broken(where, "the members that its index names", "others")
+
+    def _check_sample(self, shard: ShardRecord, index: ShardIndex, i: int, file: BinaryIO, where: str) -> None:
+        uid = int(index.uids[i])
+        stem = f"{where}: {uid_name(uid)}"
+        self._check_meta(shard, uid, _read(f"{stem}.{META}", index.meta(i), file), f"{stem}.{META}")
+        inputs = {}
+        for spec in self._release.schema.modalities:
+            if (member := index.member(i, spec.name)) is None:
+                continue
+            place = f"{stem}.{extension(spec)}"
+            data = _read(place, member, file)
+            try:
+                inputs[spec.name] = decode_member(data, spec)
+            except UndecodableError as error:
+                raise broken(place, f"the {spec.kind} of schema.json", str(error)) from error
+            if isinstance(spec, ImageSpec):
+                self._check_owner(place, data, uid)
+        if shard.split == "train":
+            self._stats.add(inputs)
+        self._uids[shard.split].append(uid)
+        self._counts.update((self._studies[uid].site, shard.split, name) for name in ("studies", *inputs))
+        self.num_members += 1 + len(inputs)
+
+    def _check_meta(self, shard: ShardRecord, uid: int, data: bytes, where: str) -> None:
+        schema = self._release.schema
+        try:
+            meta = decode_study(data)
+        except UndecodableError as error:
+            raise broken(where, "the json of a sample", str(error)) from error
+        if meta.uid != uid or meta.site not in schema.sites or meta.label not in schema.label.classes:
+            raise broken(where, "its uid, and a site and label of schema.json", "others")
+        if uid not in self._studies:
+            raise broken(where, "a row in subjects.parquet", "none")
+        if self._studies[uid] != _Study(meta.subject, meta.site, shard.split, meta.label):
+            raise broken(where, f"the subject, site, label and split {shard.split} of its row in subjects.parquet", "others")
+
+    def _check_owner(self, where: str, data: bytes, uid: int) -> None:
+        first = self._images.setdefault(hashlib.sha256(data).digest()[:16], uid)
+        if self._studies[first].subject != self._studies[uid].subject:
+            found = f"the image of study {uid_name(first)} (split {self._studies[first].split})"
+            raise leak(where, "an image that belongs to one subject", found)
+
+    def check_totals(self) -> None:
+        """What all shards together must add up to."""
+        manifest, where = self._release.manifest, self._release.pinned_url
+        uids = {uid for split in SPLITS for uid in self._uids[split]}
+        if not len(uids) == self.num_samples == len(self._studies):
+            raise broken(where, f"{len(self._studies)} studies, each once", f"{self.num_samples} samples of {len(uids)} studies")
+        for split in SPLITS:
+            if manifest.receipts[split] != receipt(np.array(self._uids[split], dtype=np.int64)):
+                raise broken(where, f"the receipt of {split} in release.json", "other studies in its shards")
+        stated = {
+            (s, d, n): c for s, splits in manifest.counts.items() for d, names in splits.items() for n, c in names.items() if c
+        }
+        if stated != dict(self._counts):
+            raise broken(where, "the counts of release.json", "others in its shards")
+        if self._stats.result() != self._release.stats:
+            raise broken(where, "stats.json to be the statistics of the training split", "others")
+
+
+def _read(where: str, member: Member, file: BinaryIO) -> bytes:
+    """The bytes of a member, as its index has them."""
+    file.seek(member.offset)
+    data = file.read(member.size)
+    if len(data) != member.size:
+        raise broken(where, f"{member.size} bytes", f"{len(data)}: the shard is cut short")
+    if not member.matches(data):
+        raise broken(where, f"{member.size} bytes with crc32 {member.crc32:08x}", "other bytes")
+    return data
