@@ -1,0 +1,41 @@
+"""Corruption and missing modalities: in training by a law, in evaluation one operation at one severity (docs/corruption.md)."""
+
+from draf_dist.data.corruption.missing import NotAtRandom, fit_not_at_random
+from draf_dist.data.corruption.operations import (
+    AnyOperation,
+    Downsample,
+    EhrMask,
+    EhrNoise,
+    GaussianNoise,
+    InputOperation,
+    Jpeg,
+    Missing,
+    MissingNotAtRandom,
+    Operation,
+    Swap,
+    severity,
+)
+from draf_dist.data.corruption.sweep import corrupted_batches, swap_partners
+from draf_dist.data.corruption.training import Corruptor, JpegHook, TrainingCorruption
+
+__all__ = [
+    "AnyOperation",
+    "Corruptor",
+    "Downsample",
+    "EhrMask",
+    "EhrNoise",
+    "GaussianNoise",
+    "InputOperation",
+    "Jpeg",
+    "JpegHook",
+    "Missing",
+    "MissingNotAtRandom",
+    "NotAtRandom",
+    "Operation",
+    "Swap",
+    "TrainingCorruption",
+    "corrupted_batches",
+    "fit_not_at_random",
+    "severity",
+    "swap_partners",
+]

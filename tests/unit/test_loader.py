@@ -1,0 +1,557 @@
+"""The loader: the order of the plan, whoever reads it; and every damage an error that names where it is."""
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from memory_source import KEY, MemorySource
+from torch import Tensor
+
+from draf_dist.data.cache import SharedCache
+from draf_dist.data.corruption import (
+    Corruptor,
+    EhrNoise,
+    GaussianNoise,
+    Jpeg,
+    Missing,
+    MissingNotAtRandom,
+    Swap,
+    TrainingCorruption,
+)
+from draf_dist.data.corruption.sweep import _next_of_another, corrupted_batches, swap_partners
+from draf_dist.data.loader import Loader, evaluation_batches
+from draf_dist.data.mixture import Mixture
+from draf_dist.data.normalise import Normaliser
+from draf_dist.data.order import Order
+from draf_dist.data.prepare import prepare
+from draf_dist.data.receipts import receipt
+from draf_dist.data.release import Release, open_release, tar_path
+from draf_dist.data.shard_reader import Place, ShardReader, make_block_cache
+from draf_dist.data.shards import Member
+from draf_dist.errors import DataError, SpecError
+from draf_dist.schema.batch import Batch, ClassTarget, SeriesInput
+from draf_dist.schema.identity import uid_name
+from draf_dist.storage import LocalStore
+
+SHARD_BYTES = 60_000
+BATCH_SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    folder = tmp_path_factory.mktemp("release")
+    return prepare(MemorySource(num_studies=150), str(folder), subject_key=KEY, shard_size_bytes=SHARD_BYTES)
+
+
+@pytest.fixture
+def copy(release: Release, tmp_path: Path) -> Release:
+    """A release of one's own, to be broken."""
+    shutil.copytree(release.url, tmp_path / "copy")
+    return open_release(str(tmp_path / "copy"))
+
+
+def order_of(release: Release, batch_size: int = BATCH_SIZE, seed: int = 3) -> Order:
+    sizes = tuple(shard.num_samples for shard in release.shards("train"))
+    return Order(shard_sizes=sizes, release=release.version, seed=seed, batch_size=batch_size, groups=8, open_samples=64)
+
+
+def tensors(value: object) -> list[Tensor]:
+    """Every tensor of a batch, in a fixed order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for name in sorted(value) for tensor in tensors(value[name])]
+    if isinstance(value, Batch | SeriesInput | ClassTarget):
+        return [tensor for field in fields(value) for tensor in tensors(getattr(value, field.name))]
+    return []
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
+
+
+def real_rows(batches: list[Batch]) -> dict[int, list[Tensor]]:
+    """uid -> its row of every tensor, padding left out."""
+    return {
+        int(batch.uid[row]): [tensor[row] for tensor in tensors(batch)]
+        for batch in batches
+        for row in range(batch.num_rows)
+        if batch.weight[row] > 0
+    }
+
+
+def uids(batches: list[Batch]) -> list[int]:
+    return [uid for batch in batches for uid in batch.uid.tolist() if uid != -1]
+
+
+# What a batch holds.
+
+
+def test_an_epoch_is_every_sample_once_and_its_receipt_the_releases(release: Release) -> None:
+    order = order_of(release)
+    batches = [batch for _, batch in Loader(release, "train", order).batches(0, order.steps_per_epoch)]
+    assert len(release.shards("train")) > 2
+    assert receipt(np.array(uids(batches))) == release.manifest.receipts["train"]
+
+
+def test_evaluation_reads_every_sample_once_in_stored_order_without_padding(release: Release) -> None:
+    batches = list(evaluation_batches(release, "test", 7))
+    stored = np.concatenate([release.index(shard).uids for shard in release.shards("test")])
+    assert uids(batches) == stored.tolist()
+    assert {batch.num_rows for batch in batches[:-1]} <= {7}
+    assert all((batch.weight == 1).all() and (batch.epoch == 0).all() for batch in batches)
+
+
+def test_a_batch_holds_what_the_source_gave(release: Release) -> None:
+    schema = release.schema
+    table = {row["uid"]: row for row in release.subjects().to_pylist()}
+    for split in ("train", "ood"):
+        for batch in evaluation_batches(release, split, 32):
+            for row, uid in enumerate(batch.uid.tolist()):
+                assert schema.sites[batch.site[row]] == table[uid]["site"]
+                assert schema.label.classes[batch.target.label[row]] == table[uid]["label"]
+            vitals, present = batch.inputs["vitals"], batch.present
+            assert torch.equal(vitals.length, present[:, 1] * 4)
+            assert torch.equal(vitals.observed.flatten(1).any(dim=1), present[:, 1])
+            assert not vitals.values[~vitals.observed].any()
+            assert batch.inputs["cxr"].dtype == torch.uint8
+            assert torch.equal(batch.inputs["cxr"].flatten(1).any(dim=1), present[:, 0])
+            known = batch.quality_known
+            assert (batch.quality[known] == 0.5).all()
+            assert not known[:, 1:].any()
+            assert not batch.corrupted.any()
+
+
+def test_the_normalised_training_split_has_mean_zero_and_deviation_one(release: Release) -> None:
+    normaliser = Normaliser(release.schema, release.stats)
+    batches = [normaliser(batch) for batch in evaluation_batches(release, "train", 50)]
+    heart_rate = torch.cat([batch.inputs["vitals"].values[..., 0][batch.inputs["vitals"].observed[..., 0]] for batch in batches])
+    pixels = torch.cat([batch.inputs["cxr"][batch.present[:, 0]].flatten() for batch in batches])
+    for values in (heart_rate, pixels):
+        assert float(values.mean()) == pytest.approx(0, abs=1e-3)
+        assert float(values.std(correction=0)) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_last_batch_is_padded_as_the_design_says(release: Release) -> None:
+    order = order_of(release, batch_size=64)
+    loader = Loader(release, "train", order)
+    *_, (_, last) = loader.batches(0, order.steps_per_epoch)
+    num_real = order.num_samples % 64
+    assert 0 < num_real < last.num_rows == loader.num_rows == 64
+    padding = last.rows(num_real, 64)
+    assert torch.equal(last.weight, (torch.arange(64) < num_real).float())
+    assert (padding.uid == -1).all()
+    assert torch.equal(padding.present, torch.tensor([True, False, False]).expand_as(padding.present))
+    assert not any(tensor.any() for tensor in tensors(replace(padding, present=padding.corrupted, uid=padding.epoch)))
+
+
+# What must not matter.
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 0), (1, 3), (3, 1), (4, 9)])
+def test_threads_and_prefetch_change_nothing(release: Release, threads: int, prefetch: int) -> None:
+    order = order_of(release)
+    expected = Loader(release, "train", order).batches(0, order.steps_per_epoch + 3)
+    found = Loader(release, "train", order, threads=threads, prefetch=prefetch).batches(0, order.steps_per_epoch + 3)
+    for (step, one), (same_step, other) in zip(expected, found, strict=True):
+        assert step == same_step
+        assert same(one, other)
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_the_ranks_together_hold_the_global_batch(release: Release, world: int) -> None:
+    order = order_of(release)
+    whole = [batch for _, batch in Loader(release, "train", order).batches(0, order.steps_per_epoch)]
+    loaders = [Loader(release, "train", order, rank=rank, world=world) for rank in range(world)]
+    parts = [[batch for _, batch in loader.batches(0, order.steps_per_epoch)] for loader in loaders]
+    rows = [loader.num_rows for loader in loaders]
+    assert sum(rows) == BATCH_SIZE
+    assert max(rows) - min(rows) <= 1
+    for step, batch in enumerate(whole):
+        mine = [ranked[step] for ranked in parts]
+        assert [part.num_rows for part in mine] == rows
+        assert uids(mine) == uids([batch])
+        one, other = real_rows([batch]), real_rows(mine)
+        assert all(torch.equal(a, b) for uid in one for a, b in zip(one[uid], other[uid], strict=True))
+
+
+def test_a_run_goes_on_from_any_step_on_any_number_of_ranks(release: Release) -> None:
+    order = order_of(release)
+    whole = dict(Loader(release, "train", order).batches(0, 2 * order.steps_per_epoch))
+    for start in (1, order.steps_per_epoch - 1, order.steps_per_epoch):
+        for world in (1, 3):
+            resumed = [Loader(release, "train", order, rank=rank, world=world).batches(start, start + 2) for rank in range(world)]
+            for parts in zip(*resumed, strict=True):
+                assert {step for step, _ in parts} <= {start, start + 1}
+                assert uids([batch for _, batch in parts]) == uids([whole[parts[0][0]]])
+
+
+def test_epochs_differ_and_are_named(release: Release) -> None:
+    order = order_of(release)
+    batches = [batch for _, batch in Loader(release, "train", order).batches(0, 2 * order.steps_per_epoch)]
+    first, second = batches[: order.steps_per_epoch], batches[order.steps_per_epoch :]
+    assert uids(first) != uids(second)
+    assert sorted(uids(first)) == sorted(uids(second))
+    assert all((batch.epoch[batch.weight > 0] == 1).all() for batch in second)
+
+
+def test_a_mixture_draws_each_release_at_its_weight(release: Release, tmp_path: Path) -> None:
+    small = prepare(MemorySource(num_studies=40, name="second"), str(tmp_path), subject_key=b"another key, as long as it must be")
+    plan = Mixture(orders=(order_of(release), order_of(small)), weights=(3, 1), batch_size=BATCH_SIZE)
+    mine = {
+        one.version: set(np.concatenate([one.index(shard).uids for shard in one.shards("train")]).tolist())
+        for one in (release, small)
+    }
+    drawn = uids([batch for _, batch in Loader([release, small], "train", plan).batches(0, 12)])
+    assert len(drawn) == 12 * BATCH_SIZE
+    assert sum(uid in mine[small.version] for uid in drawn) == 12 * BATCH_SIZE // 4
+    assert set(drawn) <= mine[release.version] | mine[small.version]
+
+
+def test_releases_of_different_schemas_do_not_mix(release: Release, tmp_path: Path) -> None:
+    narrow = replace(release, schema=release.schema.model_copy(update={"modalities": release.schema.modalities[:2]}))
+    with pytest.raises(SpecError, match="expected the schema of"):
+        Loader([release, narrow], "train", order_of(release))
+
+
+# Corruption where samples are read.
+
+
+def test_jpeg_in_the_decode_thread_is_that_of_the_law(release: Release) -> None:
+    order, normaliser = order_of(release), Normaliser(release.schema, release.stats)
+    corruptor = Corruptor(TrainingCorruption(operations=(Jpeg(), GaussianNoise(), EhrNoise())), normaliser, seed=5)
+    plain = real_rows([batch for _, batch in Loader(release, "train", order).batches(0, 5)])
+    coded = [batch for _, batch in Loader(release, "train", order, threads=3, decode=corruptor.decode_hook()).batches(0, 5)]
+    num_coded = 0
+    for batch in coded:
+        which, index = corruptor.config.choose(release.schema.modalities[0], seed=5, epoch=batch.epoch, uid=batch.uid)
+        expected = torch.where((which == 0) & batch.present[:, 0] & (batch.weight > 0), index, 0)
+        assert torch.equal(batch.corrupted[:, 0], expected > 0)
+        assert torch.equal(batch.severity[:, 0], expected / 4)
+        for row, uid in enumerate(batch.uid.tolist()):
+            if uid == -1:
+                continue
+            image = plain[uid][0].numpy()
+            assert np.array_equal(batch.inputs["cxr"][row].numpy(), Jpeg().encode(image, int(expected[row])))
+        num_coded += int(batch.corrupted.sum())
+    assert num_coded > 5
+
+
+def test_a_swapped_modality_is_that_of_another_subject_and_nothing_else_changes(release: Release) -> None:
+    normaliser = Normaliser(release.schema, release.stats)
+    corruptor = Corruptor(TrainingCorruption(), normaliser, seed=0)
+    clean = real_rows([normaliser(batch) for batch in evaluation_batches(release, "train", 20)])
+    subject_of = {row["uid"]: row["subject"] for row in release.subjects().to_pylist()}
+    swapped = list(corrupted_batches(release, "train", corruptor, Swap(), 1, modality="cxr", seed=2, batch_size=16))
+    by_image = {image[0].numpy().tobytes(): uid for uid, image in clean.items()}
+    for batch in swapped:
+        assert torch.equal(batch.corrupted, batch.present & torch.tensor([True, False, False]))
+        assert torch.equal(batch.severity, batch.corrupted.float())
+        for row, uid in enumerate(batch.uid.tolist()):
+            # All but the image (0) and the two flags of corruption (8, 9) are the sample's own.
+            pairs = list(zip(tensors(batch), clean[uid], strict=True))
+            assert all(torch.equal(one[row], other) for i, (one, other) in enumerate(pairs) if i not in (0, 8, 9))
+            if batch.present[row, 0]:
+                donor = by_image[batch.inputs["cxr"][row].numpy().tobytes()]
+                assert subject_of[donor] != subject_of[uid]
+
+
+def test_the_next_of_another_subject_is_found_across_several_studies_of_one() -> None:
+    assert _next_of_another(["a", "a", "b", "a"]).tolist() == [2, 2, 3, 2]
+    assert _next_of_another(["a", "a"]).tolist() == [0, 1]
+    assert _next_of_another([]).tolist() == []
+
+
+def test_partners_do_not_depend_on_the_batch_and_change_with_the_seed(release: Release) -> None:
+    corruptor = Corruptor(TrainingCorruption(), Normaliser(release.schema, release.stats), seed=0)
+    one, other = (
+        real_rows(list(corrupted_batches(release, "train", corruptor, Swap(), 1, seed=2, batch_size=size))) for size in (7, 40)
+    )
+    assert all(torch.equal(a, b) for uid in one for a, b in zip(one[uid], other[uid], strict=True))
+    partners = swap_partners(release, "train", "vitals", seed=2)
+    assert not np.array_equal(partners, swap_partners(release, "train", "vitals", seed=3))
+    has = ShardReader(release, "train").present(np.arange(len(partners)))[:, 1]
+    assert np.array_equal(partners[~has], np.flatnonzero(~has))
+    assert (partners[has] != np.flatnonzero(has)).all()
+
+
+@pytest.mark.parametrize(
+    "operation", [GaussianNoise(), Jpeg(), EhrNoise(), Missing(), Swap(), MissingNotAtRandom()], ids=lambda op: op.kind
+)
+def test_a_sweep_starts_clean_and_covers_the_split(release: Release, operation: object) -> None:
+    corruptor = Corruptor(TrainingCorruption(), Normaliser(release.schema, release.stats), seed=0)
+    clean = [corruptor.normaliser(batch) for batch in evaluation_batches(release, "train", 64)]
+    assert all(map(same, corrupted_batches(release, "train", corruptor, operation, 0), clean))
+    last = list(corrupted_batches(release, "train", corruptor, operation, len(operation.grid) - 1))
+    assert uids(last) == uids(clean)
+    assert not all(map(same, last, clean))
+
+
+def test_a_sweep_over_what_is_not_there_is_refused(release: Release) -> None:
+    corruptor = Corruptor(TrainingCorruption(), Normaliser(release.schema, release.stats), seed=0)
+    with pytest.raises(SpecError, match="expected one of cxr, vitals, history, found 'ct'"):
+        next(corrupted_batches(release, "train", corruptor, GaussianNoise(), 1, modality="ct"))
+    with pytest.raises(SpecError, match="from 0 to 5, found 6"):
+        next(corrupted_batches(release, "train", corruptor, GaussianNoise(), 6))
+
+
+# Damage.
+
+
+def damage(release: Release, number: int, at: int, data: bytes) -> None:
+    path = release.store.local_path(tar_path(release.shards("train")[number]))
+    assert path is not None
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+def read_all(release: Release) -> list[Batch]:
+    return list(evaluation_batches(release, "train", 8))
+
+
+def test_a_flipped_byte_is_named_with_its_release_shard_and_member(copy: Release) -> None:
+    shard = copy.shards("train")[1]
+    index = copy.index(shard)
+    member = index.member(2, "history")
+    assert member is not None
+    damage(copy, 1, member.offset + 130, b"\x55")
+    with pytest.raises(DataError) as caught:
+        read_all(copy)
+    message = str(caught.value)
+    assert copy.pinned_url in message
+    assert shard.sha256 in message
+    assert f"{uid_name(int(index.uids[2]))}.history.npy" in message
+
+
+def test_good_batches_come_before_the_broken_one(copy: Release) -> None:
+    order = order_of(copy)
+    expected = dict(Loader(copy, "train", order).batches(0, order.steps_per_epoch))
+    index = copy.index(copy.shards("train")[0])
+    damage(copy, 0, index.meta(0).offset, b"[")
+    step = next(step for step, batch in expected.items() if int(index.uids[0]) in batch.uid.tolist())
+    found: list[int] = []
+    with pytest.raises(DataError, match="crc32"):
+        found.extend(step for step, _ in Loader(copy, "train", order, prefetch=6).batches(0, order.steps_per_epoch))
+    assert found == [] or found == list(range(step))
+
+
+def test_a_truncated_shard_is_an_error_and_kills_nothing(copy: Release) -> None:
+    path = copy.store.local_path(tar_path(copy.shards("train")[0]))
+    assert path is not None
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"shard [0-9a-f]{64}: expected \d+ bytes, found 2000 bytes"):
+        read_all(copy)
+
+
+def test_a_shard_that_is_gone_is_an_error(copy: Release) -> None:
+    path = copy.store.local_path(tar_path(copy.shards("train")[0]))
+    assert path is not None
+    path.unlink()
+    with pytest.raises(DataError, match=r"shard [0-9a-f]{64}: expected a shard, found No such file"):
+        read_all(copy)
+
+
+def test_an_index_that_is_gone_is_an_error(copy: Release) -> None:
+    for path in Path(copy.url).rglob("*.idx"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"\.idx: expected"):
+        read_all(copy)
+
+
+class Failing:
+    """A decode thread that goes wrong in a way nobody foresaw."""
+
+    def levels(self, uid: Tensor, epoch: Tensor) -> dict[str, np.ndarray]:
+        return {"cxr": np.ones(len(uid), dtype=np.int64)}
+
+    def change(self, image: np.ndarray, index: int) -> np.ndarray:
+        raise RuntimeError("the codec fell over")
+
+    def severity(self, index: int) -> float:
+        return 1.0
+
+
+def decode_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("decode", "fetch"))]
+
+
+@pytest.mark.timeout(30)
+def test_whatever_a_thread_raises_reaches_the_caller(release: Release) -> None:
+    loader = Loader(release, "train", order_of(release), decode=Failing())
+    with pytest.raises(RuntimeError, match="the codec fell over"):
+        next(iter(loader.batches()))
+    assert decode_threads() == []
+
+
+@pytest.mark.timeout(30)
+def test_closing_the_generator_ends_its_threads(release: Release) -> None:
+    batches = Loader(release, "train", order_of(release), threads=3).batches()
+    next(batches)
+    assert decode_threads() != []
+    batches.close()
+    assert decode_threads() == []
+
+
+def test_no_more_batches_are_made_than_prefetch_allows(release: Release) -> None:
+    class Counting:
+        def __init__(self, order: Order) -> None:
+            self.order, self.batch_size, self.steps = order, order.batch_size, 0
+
+        def draws(self, step: int) -> object:
+            self.steps += 1
+            return self.order.draws(step)
+
+        def locate(self, source: int, epoch: int, sample: int) -> tuple[int, int]:
+            return self.order.locate(source, epoch, sample)
+
+    plan = Counting(order_of(release))
+    batches = Loader(release, "train", plan, prefetch=2).batches()
+    for taken in range(1, 6):
+        next(batches)
+        assert plan.steps == taken + 2
+    batches.close()
+
+
+# Blocks, as of a remote store.
+
+
+class WithoutMaps(LocalStore):
+    """A folder that is read by ranges, as a remote store is; counts what is asked for."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.requested_bytes = 0
+
+    def local_path(self, path: str) -> Path | None:
+        return None
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        self.requested_bytes += stop - start
+        return super().read_range(path, start, stop)
+
+
+@pytest.mark.parametrize("block_bytes", [300, 4096, 2**20])
+def test_blocks_give_what_maps_give(release: Release, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
+    monkeypatch.setattr("draf_dist.data.shard_reader.BLOCK_BYTES", block_bytes)
+    remote = replace(release, store=WithoutMaps(Path(release.url)))
+    order = order_of(release)
+    pairs = zip(
+        Loader(release, "train", order).batches(0, order.steps_per_epoch),
+        Loader(remote, "train", order, threads=3).batches(0, order.steps_per_epoch),
+        strict=True,
+    )
+    assert all(same(one, other) for (_, one), (_, other) in pairs)
+
+
+def test_a_cache_that_holds_the_open_shards_fetches_every_byte_once_an_epoch(release: Release) -> None:
+    store = WithoutMaps(Path(release.url))
+    order = order_of(release)
+    list(Loader(replace(release, store=store), "train", order).batches(0, order.steps_per_epoch))
+    assert store.requested_bytes <= sum(shard.size_bytes for shard in release.shards("train"))
+
+
+def test_a_cache_that_is_too_small_is_slow_but_right(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("draf_dist.data.shard_reader.BLOCK_BYTES", 4096)
+    remote = ShardReader(replace(release, store=WithoutMaps(Path(release.url))), "train", blocks := make_block_cache(10_000))
+    local = ShardReader(release, "train")
+    for sample in range(local.num_samples):
+        places = [place for place in local.places(sample) if place is not None]
+        assert [bytes(data) for data in remote.read(places)] == [bytes(data) for data in local.read(places)]
+        assert blocks.size <= 10_000
+
+
+def test_neighbouring_blocks_are_asked_for_together(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[tuple[int, int]]] = []
+
+    class Asked(WithoutMaps):
+        def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+            asked.append(list(ranges))
+            return super().read_ranges(path, ranges)
+
+    monkeypatch.setattr("draf_dist.data.shard_reader.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("draf_dist.data.shard_reader.BLOCKS_PER_REQUEST", 4)
+    reader = ShardReader(replace(release, store=Asked(Path(release.url))), "train")
+    place = reader.places(0)[-1]
+    assert place is not None
+
+    def at(offset: int, size: int) -> Place:
+        return replace(place, member=Member(offset, size, 0))
+
+    reader.read([at(1500, 700), at(2500, 10), at(7000, 100), at(10_000, 6_500)])
+    assert asked == [[(1000, 3000), (7000, 8000), (10_000, 14_000), (14_000, 17_000)]]
+    reader.read([at(900, 1200)])
+    assert asked[1:] == [[(0, 1000)]]
+
+
+# The cache of blocks.
+
+
+def test_the_cache_keeps_what_was_used_last_within_its_limit() -> None:
+    made: list[int] = []
+
+    def make(keys: list[int]) -> list[bytes]:
+        made.extend(keys)
+        return [bytes(10) for _ in keys]
+
+    cache: SharedCache[int, bytes] = SharedCache(30, len)
+    for keys in ([1, 2], [2, 3], [1], [4], [2]):
+        assert len(cache.get(keys, make)) == len(keys)
+        assert cache.size <= 30
+    assert made == [1, 2, 3, 4, 2]
+
+
+@pytest.mark.timeout(30)
+def test_threads_that_want_the_same_wait_for_one() -> None:
+    made: list[int] = []
+    cache: SharedCache[int, int] = SharedCache(100, lambda value: 1)
+
+    def make(keys: list[int]) -> list[int]:
+        made.extend(keys)
+        time.sleep(0.02)
+        return [key * key for key in keys]
+
+    results: list[list[int]] = []
+    wanted = ([1, 2, 3], [3, 2, 5], [5, 1, 7], [7, 3, 1])
+    threads = [threading.Thread(target=lambda keys=keys: results.append(cache.get(keys, make))) for keys in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(tuple, results)) == sorted(tuple(key * key for key in keys) for keys in wanted)
+    assert sorted(made) == [1, 2, 3, 5, 7]
+
+
+@pytest.mark.timeout(30)
+def test_a_failure_reaches_all_who_wait_and_is_not_kept() -> None:
+    cache: SharedCache[int, int] = SharedCache(100, lambda value: 1)
+    begun, failures = threading.Event(), []
+
+    def fail(keys: list[int]) -> list[int]:
+        begun.set()
+        time.sleep(0.05)
+        raise DataError("broken")
+
+    def ask() -> None:
+        try:
+            cache.get([1], fail)
+        except DataError as error:
+            failures.append(str(error))
+
+    def threads() -> Iterator[threading.Thread]:
+        for _ in range(3):
+            thread = threading.Thread(target=ask)
+            thread.start()
+            begun.wait()
+            yield thread
+
+    for thread in list(threads()):
+        thread.join()
+    assert failures == ["broken"] * 3
+    assert cache.get([1], lambda keys: [5]) == [5]
