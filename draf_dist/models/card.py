@@ -1,0 +1,41 @@
+"""The model card: what a reader of model/ should know before using it."""
+
+from draf_dist.models.fusion import FusionConfig
+from draf_dist.schema.modality import DataSchema, ModalitySpec
+
+_LABELS = {
+    "draf": "DRAF, dynamic reliability-aware fusion",
+    "mean": "plain mean of features",
+    "concat": "feature concatenation",
+    "late_mean": "late fusion of independent unimodal nets",
+}
+
+
+def model_card(config: FusionConfig, schema: DataSchema, num_parameters: int) -> str:
+    """Markdown text; nothing in it depends on a subject."""
+    modalities = "\n".join(f"| {spec.name} | {spec.kind} | {_size(spec)} |" for spec in schema.modalities)
+    return f"""# {_LABELS[config.kind]}: {schema.label.name}
+
+- Predicts **{schema.label.name}** as one of: {", ".join(schema.label.classes)}.
+- {num_parameters:,} parameters. Trained on {len(schema.sites)} site(s): {", ".join(schema.sites)}.
+- Any modality may be absent; at least one must be present.
+
+| modality | kind | size |
+|---|---|---|
+{modalities}
+
+## Use
+Inputs are normalised with `stats.json` (fitted on the training split) and predictions are the mean of the softmax over at least
+30 Monte-Carlo passes. `draf_dist.models.export.load_model(folder)` gives the model, its schema and its statistics; the files
+hold no code and no pickle. Figures of merit, calibration and robustness stand in the report of the run that made this model.
+
+## Limits
+For research. Not a medical device, and not evaluated at sites other than those of its report. Weights of modalities say what the
+model relied on, not what caused the outcome. Probabilities need temperature scaling on data of the place of use.
+"""
+
+
+def _size(spec: ModalitySpec) -> str:
+    if spec.kind == "image":
+        return f"{spec.channels} x {spec.height} x {spec.width}"
+    return f"{len(spec.variables)} variables" + (f", {spec.num_steps} steps of {spec.step_h:g} h" if spec.kind == "series" else "")
