@@ -1,0 +1,59 @@
+"""Where a run computes: one process, or the ranks of a group. A matter of the profile, never of the job."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from draf_dist.training.engine import Engine
+from draf_dist.training.job import OptimizerConfig
+
+
+class EngineFiles(Protocol):
+    """How parameters and optimizer state get into the files of a checkpoint and back."""
+
+    def save(self, folder: Path) -> None:
+        """Writes them into an empty local folder, from all ranks."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote, bit for bit."""
+        ...
+
+
+class Backend(Protocol):
+    """What a stage asks of the place it runs in; every rank makes the same calls in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """This rank in [0, world)."""
+        ...
+
+    @property
+    def world(self) -> int:
+        """How many ranks there are."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches and parameters live."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Threads of one operator. Part of what makes a run repeatable bit for bit."""
+        ...
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per step and rank: fits a batch into memory, changes no result."""
+        ...
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """The sum over ranks."""
+        ...
+
+    def start(self, module: nn.Module, config: OptimizerConfig) -> tuple[Engine, EngineFiles]:
+        """An engine with fresh optimizer state, and the way to store it."""
+        ...

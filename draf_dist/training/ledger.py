@@ -1,0 +1,109 @@
+"""ledger.jsonl: attempts, what each of them consumed, and where wall time went.
+
+Lines, by `event`:
+  attempt   attempt, start (steps done when it began), world, threads, time (seconds since 1970)
+  commit    attempt, start, stop (steps [start, stop)), world, receipts {source epoch: {count, uid_sum}}, seconds {kind: s}, time
+  end       attempt, outcome (finished | interrupted), steps, best_nll, best_step, seconds, time
+A commit is written just before its checkpoint, so a kill between the two leaves a commit that no checkpoint backs. The attempt
+that follows says where it really began, and whatever was consumed past that point is consumed again: such commits do not count.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from draf_dist.data.receipts import add_receipts, receipt
+from draf_dist.schema.release import Receipt
+from draf_dist.training.journal import Journal, Line
+from draf_dist.training.loop import StepReport
+
+FILE = "ledger.jsonl"
+Kind = Literal["startup", "data_wait", "step", "validate", "checkpoint", "idle"]
+NOTHING = Receipt(count=0, uid_sum="0" * 16)
+
+
+def effective_commits(lines: Iterable[Line]) -> list[Line]:
+    """The commits that a later attempt did not consume again; their steps follow one another without gap or overlap."""
+    commits: list[Line] = []
+    for line in lines:
+        if line["event"] == "attempt":
+            commits = [commit for commit in commits if commit["stop"] <= line["start"]]
+        elif line["event"] == "commit":
+            commits.append(line)
+    return commits
+
+
+def receipts_by_epoch(lines: Iterable[Line]) -> dict[int, Receipt]:
+    """What the run consumed of every source epoch, over all attempts; a complete epoch equals the release's receipt."""
+    totals: dict[int, Receipt] = {}
+    for commit in effective_commits(lines):
+        for epoch, stored in commit["receipts"].items():
+            part = Receipt.model_validate(stored)
+            totals[int(epoch)] = add_receipts(totals.get(int(epoch), NOTHING), part)
+    return totals
+
+
+def seconds_by_kind(lines: Iterable[Line]) -> dict[str, float]:
+    """Wall time of all attempts by kind, as far as it was written; work that a kill threw away is not in it."""
+    totals: dict[str, float] = {}
+    for line in lines:
+        for kind, seconds in line.get("seconds", {}).items():
+            totals[kind] = totals.get(kind, 0.0) + seconds
+    return totals
+
+
+@dataclass
+class Ledger:
+    """Keeps the books of one attempt."""
+
+    journal: Journal
+    attempt: int
+    start: int
+    world: int
+    threads: int
+    _receipts: dict[int, Receipt] = field(default_factory=dict)
+    _seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.perf_counter)
+    _position: int = 0
+
+    def open(self) -> None:
+        """Writes that the attempt began."""
+        self._position = self.start
+        self._write("attempt", start=self.start, world=self.world, threads=self.threads)
+
+    def spend(self, kind: Kind, seconds: float) -> None:
+        """Books wall time."""
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
+
+    def consume(self, report: StepReport) -> None:
+        """Books one step."""
+        self.spend("data_wait", report.wait_s)
+        self.spend("step", report.compute_s)
+        for epoch in sorted(set(report.epochs.tolist())):
+            part = receipt(report.uids[report.epochs == epoch].numpy().astype(np.int64))
+            self._receipts[epoch] = add_receipts(self._receipts.get(epoch, NOTHING), part)
+
+    def commit(self, stop: int) -> None:
+        """Writes what was consumed since the last commit, [position, stop)."""
+        receipts = {str(epoch): part.model_dump() for epoch, part in sorted(self._receipts.items())}
+        self._write("commit", start=self._position, stop=stop, world=self.world, receipts=receipts, seconds=self._settle())
+        self._receipts = {}
+        self._position = stop
+
+    def close(self, outcome: Literal["finished", "interrupted"], *, best_nll: float | None, best_step: int | None) -> None:
+        """Writes how the attempt ended."""
+        self._write("end", outcome=outcome, steps=self._position, best_nll=best_nll, best_step=best_step, seconds=self._settle())
+
+    def _settle(self) -> dict[str, float]:
+        """Seconds by kind since the last call; what nobody booked was idle."""
+        now = time.perf_counter()
+        self.spend("idle", max(now - self._since - sum(self._seconds.values()), 0.0))
+        seconds, self._seconds, self._since = self._seconds, {}, now
+        return {kind: round(value, 6) for kind, value in seconds.items()}
+
+    def _write(self, event: str, **facts: object) -> None:
+        self.journal.append({"event": event, "attempt": self.attempt, **facts, "time": round(time.time(), 3)})
+        self.journal.flush()

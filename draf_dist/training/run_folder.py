@@ -1,0 +1,170 @@
+"""A run folder, local or remote: what is in it, and which attempt may write."""
+
+import io
+import secrets
+from dataclasses import dataclass
+from typing import Literal
+
+from ruamel.yaml import YAML
+
+from draf_dist.errors import GateError, SpecError, explain
+from draf_dist.storage import Store, open_store
+from draf_dist.training.checkpoint import FOLDER as CHECKPOINTS
+from draf_dist.training.checkpoint import MANIFEST, Checkpoints
+from draf_dist.training.job import FinetuneJob, parse_job, resolved
+from draf_dist.training.journal import Line, read_lines
+from draf_dist.training.ledger import FILE as LEDGER
+from draf_dist.training.tracking import METRICS, TENSORBOARD
+
+JOB = "job.yaml"
+MODEL = "model"
+FENCE = "attempt"
+# Everything that a run and its evaluations write; --fresh removes this and nothing else.
+EVALUATED = ("predictions", "evaluation.json", "report.html", "evaluations")
+CONTENT = (CHECKPOINTS, MODEL, TENSORBOARD, JOB, METRICS, LEDGER, FENCE, *EVALUATED)
+Start = Literal["continue", "fresh", "resume"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run that exists: its job, with the release pinned, and its books."""
+
+    store: Store
+    job: FinetuneJob
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self.store.url
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """Its checkpoints."""
+        return Checkpoints(self.store, self.job.checkpoint.keep)
+
+    def ledger(self) -> list[Line]:
+        """The lines of ledger.jsonl."""
+        return read_lines(self.store, LEDGER)
+
+    def metrics(self) -> list[Line]:
+        """The lines of metrics.jsonl."""
+        return read_lines(self.store, METRICS)
+
+    def end(self) -> Line | None:
+        """The line that says that the run is finished and with what result, None before that."""
+        ended = [line for line in self.ledger() if line["event"] == "end" and line["outcome"] == "finished"]
+        return ended[-1] if ended else None
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Holds the run for one attempt: the newest attempt's token is in the folder, and whoever finds another one there stops."""
+
+    store: Store
+    token: str
+
+    @classmethod
+    def take(cls, store: Store) -> "Fence":
+        """Makes this the attempt that may write; any older one stops at its next checkpoint."""
+        token = secrets.token_hex(16)
+        store.write(FENCE, token.encode())
+        return cls(store, token)
+
+    def check(self) -> None:
+        """Asks whether this is still the newest attempt.
+
+        Raises:
+            GateError: a later one has taken the run over.
+        """
+        if not self.store.exists(FENCE) or self.store.read(FENCE).decode() != self.token:
+            remedy = "Nothing more is written by this one; follow the other."
+            raise GateError(explain(self.store.url, expected="to be the only attempt", found="a later one", remedy=remedy))
+
+
+def open_run(url: str) -> RunFolder:
+    """The run at a URL.
+
+    Raises:
+        SpecError: there is none.
+    """
+    store = open_store(url, must_exist=True)
+    if not store.exists(JOB):
+        raise SpecError(explain(store.url, expected="a run folder", found=f"no {JOB}", remedy="Start one with draf train JOB."))
+    return RunFolder(store, parse_job(store.read(JOB).decode(), where=store.where(JOB)))
+
+
+def as_pinned_there(job: FinetuneJob, url: str) -> FinetuneJob:
+    """The job with the version that the run at a URL has pinned, where the job names none.
+
+    So the same command continues a run, or prints its result, although a delivery has come since.
+    """
+    if not open_store(url).exists(JOB):
+        return job
+    there = open_run(url).job.release
+    same = open_store(job.release).url == there.rpartition("@")[0]
+    return job.model_copy(update={"release": there}) if same else job
+
+
+def enter_run(url: str, job: FinetuneJob, start: Start) -> RunFolder:
+    """The folder of a job whose release is pinned, made or found.
+
+    Raises:
+        SpecError: `resume` and there is no run; the folder holds another job's run, or something that is no run.
+    """
+    store = open_store(url)
+    if start == "fresh":
+        clear(store)
+    if store.exists(JOB):
+        found = open_run(url)
+        if found.job.sha256 != job.sha256:
+            raise _another_job(store, found.job, job)
+        return found
+    if start == "resume":
+        raise SpecError(explain(store.url, expected="a run to resume", found="none", remedy="Leave --resume out to start one."))
+    paths = store.list()
+    _check_only_a_run(store, paths)
+    if paths:
+        left = f"what is left of a run, without {JOB}"
+        raise SpecError(explain(store.url, expected="a run, or an empty folder", found=left, remedy="--fresh removes it."))
+    _write_job(store, job)
+    return RunFolder(store, job)
+
+
+def clear(store: Store) -> None:
+    """Removes a run; manifests and the job go first, so that nothing half removed looks whole.
+
+    The fence goes last: it tells a run half removed from a folder of someone else's.
+
+    Raises:
+        SpecError: the folder holds something that is not a run.
+    """
+    paths = store.list()
+    _check_only_a_run(store, paths)
+    for path in sorted(paths, key=lambda path: (path == FENCE, not path.endswith((MANIFEST, JOB)))):
+        store.delete(path)
+
+
+def _check_only_a_run(store: Store, paths: list[str]) -> None:
+    strange = sorted({path.split("/")[0] for path in paths if path.split("/")[0] not in CONTENT})
+    if strange:
+        found = f"{', '.join(strange[:5])} as well"
+        raise SpecError(explain(store.url, expected="a run folder and nothing else", found=found, remedy="Choose another --out."))
+    if paths and not {JOB, FENCE} & set(paths):
+        # A folder named model or predictions alone may be anybody's.
+        found = f"neither {JOB} nor {FENCE}"
+        raise SpecError(explain(store.url, expected="a run folder", found=found, remedy="Choose another --out."))
+
+
+def _write_job(store: Store, job: FinetuneJob) -> None:
+    text = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(resolved(job), text)
+    store.write(JOB, text.getvalue().encode())
+
+
+def _another_job(store: Store, there: FinetuneJob, here: FinetuneJob) -> SpecError:
+    before, after = there.model_dump(mode="json"), here.model_dump(mode="json")
+    differing = ", ".join(key for key in after if before.get(key) != after[key])
+    remedy = "Choose another --out, or --fresh to replace it."
+    return SpecError(explain(store.url, expected="a run of this job", found=f"one with another {differing}", remedy=remedy))

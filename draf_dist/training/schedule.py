@@ -1,0 +1,50 @@
+"""How the learning rate moves, and when training stops: pure functions of the step and of what validation found."""
+
+import math
+from dataclasses import dataclass
+
+from draf_dist.schema.modality import Record
+
+
+@dataclass(frozen=True)
+class WarmupCosine:
+    """Linear warm-up over the first part of the run, then half a cosine that ends at 0 after the last step.
+
+    lr(t) = peak (t + 1) / w                          for t < w = ceil(warmup_fraction * num_steps)
+    lr(t) = peak (1 + cos(pi (t - w) / (num_steps - w))) / 2   for t >= w
+    """
+
+    peak: float
+    num_steps: int
+    warmup_fraction: float
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0."""
+        warmup = math.ceil(self.warmup_fraction * self.num_steps)
+        if step < warmup:
+            return self.peak * (step + 1) / warmup
+        progress = (step - warmup) / max(self.num_steps - warmup, 1)
+        return self.peak * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+class EarlyStopping(Record):
+    """The best validation NLL so far (nats; lower is better) and for how many epochs nothing has beaten it.
+
+    best_nll and best_step are None before the first validation; best_step is the number of optimizer steps done by then.
+    """
+
+    patience: int
+    best_nll: float | None = None
+    best_step: int | None = None
+    stale_epochs: int = 0
+
+    def after(self, nll: float, step: int) -> "EarlyStopping":
+        """The state after a validation. A NaN is never better than a number."""
+        if not math.isnan(nll) and (self.best_nll is None or nll < self.best_nll):
+            return EarlyStopping(patience=self.patience, best_nll=nll, best_step=step)
+        return self.model_copy(update={"stale_epochs": self.stale_epochs + 1})
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `patience` epochs have passed without a new best."""
+        return self.stale_epochs >= self.patience

@@ -1,0 +1,39 @@
+"""Where a run stands: everything a checkpoint stores besides tensors."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from draf_dist.schema.modality import Record
+from draf_dist.training.schedule import EarlyStopping
+
+
+class OrderState(Record):
+    """The position in the global sample order, as the optimizer has consumed it: exact for any number of ranks."""
+
+    release: str
+    seed: int
+    groups: int
+    open_samples: int
+    batch_size: int
+    step: int = Field(ge=0)
+
+
+class RunState(Record):
+    """state.json of a checkpoint."""
+
+    format: Literal[1] = 1
+    order: OrderState
+    stopping: EarlyStopping
+    job_sha256: str
+    attempt: int
+    world: int
+
+
+@dataclass
+class TrainState:
+    """What changes while a run goes on, besides the engine. step: optimizer steps done."""
+
+    step: int
+    stopping: EarlyStopping

@@ -1,0 +1,67 @@
+"""When a study was used, computed from the order alone: no log of samples is ever written."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from draf_dist.data.order import rank_entries
+from draf_dist.data.release import Release, open_release
+from draf_dist.errors import SpecError, explain
+from draf_dist.schema.identity import uid_name
+from draf_dist.training.ledger import effective_commits
+from draf_dist.training.parts import build_order
+from draf_dist.training.run_folder import open_run
+
+
+@dataclass(frozen=True)
+class Use:
+    """One draw of a study: in optimizer step `step` (from 0), as entry `entry` of the global batch, on rank `rank` of `world`."""
+
+    epoch: int
+    step: int
+    entry: int
+    rank: int
+    world: int
+
+
+def trace(run_url: str, uid: int) -> list[Use]:
+    """Every use of a study in training so far, in the order of steps; empty for a study of another split.
+
+    Raises:
+        SpecError: no such run, or the release does not hold the study.
+    """
+    folder = open_run(run_url)
+    release = open_release(folder.job.release)
+    sample = _training_sample(release, uid)
+    commits = effective_commits(folder.ledger())
+    if sample is None or not commits:
+        return []
+    order = build_order(folder.job, release)
+    num_steps = commits[-1]["stop"]
+    uses: list[Use] = []
+    for epoch in range(-(-num_steps // order.steps_per_epoch)):
+        step, entry = order.locate(0, epoch, sample)
+        if step < num_steps:
+            world = next(commit["world"] for commit in commits if commit["start"] <= step < commit["stop"])
+            batch_rows = len(order.draws(step).sample)
+            uses.append(Use(epoch, step, entry, _rank_of(entry, batch_rows, order.batch_size, world), world))
+    return uses
+
+
+def _rank_of(entry: int, num_entries: int, batch_size: int, world: int) -> int:
+    cuts = (rank_entries(num_entries, batch_size, rank, world) for rank in range(world))
+    return next(rank for rank, cut in enumerate(cuts) if cut.start <= entry < cut.stop)
+
+
+def _training_sample(release: Release, uid: int) -> int | None:
+    """The number of a study in the training split, shards laid end to end; None if it is in another split."""
+    first = 0
+    for shard in release.shards("train"):
+        found = np.flatnonzero(release.index(shard).uids == uid)
+        if len(found):
+            return first + int(found[0])
+        first += shard.num_samples
+    if uid not in release.subjects()["uid"].to_pylist():
+        where, remedy = f"uid {uid_name(uid)}", "Take a uid from subjects.parquet or from a file of predictions."
+        raise SpecError(explain(where, expected=f"a study of {release.pinned_url}", found="none", remedy=remedy))
+    return None

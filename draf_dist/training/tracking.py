@@ -1,0 +1,73 @@
+"""The numbers of a run while it goes on: metrics.jsonl and TensorBoard."""
+
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+
+from draf_dist.storage import Store
+from draf_dist.training.journal import Journal, room
+from draf_dist.training.loop import StepReport
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+class Tracker:
+    """Numbers of a run, on disk. Both files begin at `start`: what a killed attempt wrote past its checkpoint is taken out.
+
+    metrics.jsonl holds {"event": "step", "step", "loss", "terms", ...} once per optimizer step, {"event": "epoch", "step", "epoch",
+    "nll", ...} once per validation; `step` counts optimizer steps done.
+    """
+
+    def __init__(self, store: Store, start: int) -> None:
+        self._store = store
+        self._journal = Journal(store, METRICS, wanted=lambda line: line["step"] <= start)
+        # A bucket takes no appended bytes: events are gathered here and sent at every checkpoint.
+        local = store.local_path(TENSORBOARD)
+        self._staging: tempfile.TemporaryDirectory[str] | None = None
+        if local is None:
+            self._staging = tempfile.TemporaryDirectory(prefix="draf-tensorboard-")
+            local = Path(self._staging.name)
+        self._folder = local
+        # purge_step tells TensorBoard to hide what an earlier attempt wrote from this step on.
+        self._writer = SummaryWriter(str(self._folder), purge_step=start + 1)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._journal.close()
+        with room(self._folder):
+            self._writer.close()
+        if self._staging is not None:
+            self._staging.cleanup()
+
+    def step(self, report: StepReport) -> None:
+        """Records one optimizer step."""
+        numbers = {"loss": report.loss, "learning_rate": report.learning_rate, "gradient_norm": report.gradient_norm}
+        seconds = {"wait_s": round(report.wait_s, 6), "compute_s": round(report.compute_s, 6)}
+        self._journal.append(
+            {"event": "step", "step": report.step, **numbers, "terms": report.terms, "samples": report.samples, **seconds}
+        )
+        self._scalars("train", {**numbers, **{f"terms/{name}": value for name, value in report.terms.items()}}, report.step)
+
+    def epoch(self, epoch: int, step: int, numbers: dict[str, float]) -> None:
+        """Records one validation; epoch counts epochs done."""
+        self._journal.append({"event": "epoch", "step": step, "epoch": epoch, **numbers})
+        self._scalars("val", numbers, step)
+
+    def flush(self) -> None:
+        """Makes everything recorded so far durable."""
+        self._journal.flush()
+        with room(self._folder):
+            self._writer.flush()
+        if self._staging is not None:
+            for path in sorted(self._folder.iterdir()):
+                self._store.upload(f"{TENSORBOARD}/{path.name}", path)
+
+    def _scalars(self, group: str, numbers: dict[str, float], step: int) -> None:
+        with room(self._folder):
+            for name, value in numbers.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)

@@ -1,0 +1,57 @@
+"""Validation: the NLL of the Monte-Carlo prediction, the same numbers whenever the weights are the same."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from draf_dist import noise
+from draf_dist.errors import DrafError, explain
+from draf_dist.metrics.classification import accuracy, auroc
+from draf_dist.schema.batch import Batch
+
+# Evaluation noise has a seed of its own, so that runs with different seeds are measured with the same masks.
+EVALUATION_SEED = 0
+
+
+def evaluation_keys(batch: Batch, passes: int) -> Tensor:
+    """Noise keys (S, B) of an evaluation: by pass and uid, no epoch."""
+    return noise.sample_keys(EVALUATION_SEED, "mc", None, batch.uid, passes)
+
+
+def log_prediction(logits: Tensor) -> Tensor:
+    """Log of the mean over passes of the probabilities: logits (S, B, K) to (B, K)."""
+    return torch.logsumexp(logits.log_softmax(-1), 0) - math.log(logits.shape[0])
+
+
+@torch.no_grad()
+def validate(module: nn.Module, batches: Iterable[Batch], prepare: Callable[[Batch], Batch], passes: int) -> dict[str, float]:
+    """NLL in nats, accuracy, and AUROC where it is defined, over the studies whose label is known.
+
+    Raises:
+        DrafError: no label is known, or the NLL is not a number.
+    """
+    was_training = module.training
+    module.eval()
+    found = [_log_probability_of_known(module, prepare(batch), passes) for batch in batches]
+    module.train(was_training)
+    log_probability = np.concatenate([part for part, _ in found])
+    label = np.concatenate([part for _, part in found])
+    if len(label) == 0:
+        raise DrafError(explain("validation split", expected="studies with a label", found="none", remedy="Prepare more data."))
+    nll = -float(log_probability[np.arange(len(label)), label].mean())
+    if not math.isfinite(nll):
+        raise DrafError(explain("validation", expected="a finite NLL", found=str(nll), remedy="Lower optimizer.learning_rate."))
+    probability = np.exp(log_probability)
+    numbers = {"nll": nll, "auroc": auroc(probability, label), "accuracy": accuracy(probability, label)}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
+def _log_probability_of_known(module: nn.Module, batch: Batch, passes: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Log probabilities (n, K) and labels (n,) of the rows whose label counts."""
+    log_probability = log_prediction(module(batch, evaluation_keys(batch, passes)).logits)
+    known = batch.target.observed & (batch.weight > 0)
+    return log_probability[known].double().cpu().numpy(), batch.target.label[known].cpu().numpy()

@@ -1,0 +1,322 @@
+"""A run that is killed and continued equals one that never was, bit for bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from draf_dist.data.prepare import prepare
+from draf_dist.data.release import open_release
+from draf_dist.errors import DataError, GateError, InterruptedRunError, SpecError
+from draf_dist.sources.card import load_card
+from draf_dist.sources.hospital_export import HospitalExport
+from draf_dist.sources.synth import synthesise
+from draf_dist.storage import open_store
+from draf_dist.training.checkpoint import folder_of
+from draf_dist.training.finetune import RunResult, finetune
+from draf_dist.training.job import FinetuneJob
+from draf_dist.training.journal import read_lines
+from draf_dist.training.ledger import receipts_by_epoch
+from draf_dist.training.parts import pin
+from draf_dist.training.run_folder import FENCE, enter_run, open_run
+from draf_dist.training.summary import summarise
+from draf_dist.training.trace import trace
+
+SMALL_MODEL = {
+    "kind": "draf",
+    "width": 8,
+    "encoders": {
+        "image": {"kind": "image2d", "widths": [4, 8], "groups": 2},
+        "series": {"kind": "series_transformer", "hidden": 8, "heads": 2, "blocks": 1},
+        "table": {"kind": "tabular", "hidden": 8},
+    },
+}
+COMMAND = """
+import sys
+from draf_dist.training.finetune import finetune
+from draf_dist.training.job import load_job
+finetune(load_job(sys.argv[1]), sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def release_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    synthesise(folder / "export", num_sites=2, num_subjects=90, seed=1)
+    source = HospitalExport(load_card(folder / "export" / "card.yaml"), folder / "export" / "raw")
+    return prepare(source, str(folder / "release"), subject_key=b"a key of the tests").url
+
+
+@pytest.fixture(scope="module")
+def job(release_url: str) -> FinetuneJob:
+    return FinetuneJob.model_validate(
+        {
+            "name": "resume",
+            "release": release_url,
+            "model": SMALL_MODEL,
+            "batch_size": 8,
+            "epochs": 3,
+            "checkpoint": {"every_steps": 3, "keep": 3},
+            "passes_train": 2,
+            "passes_eval": 3,
+        }
+    )
+
+
+def run(job: FinetuneJob, out: Path, **options: Any) -> RunResult:
+    return finetune(job, str(out), console=Console(file=open(os.devnull, "w"), stderr=False), **options)  # noqa: PTH123, SIM115
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: FinetuneJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert run(job, out).finished
+    return out
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    lines = read_lines(open_store(str(out)), "metrics.jsonl")
+    return [(line["step"], line["loss"]) for line in lines if line["event"] == "step"]
+
+
+def validations(out: Path) -> list[tuple[int, float]]:
+    lines = read_lines(open_store(str(out)), "metrics.jsonl")
+    return [(line["step"], line["nll"]) for line in lines if line["event"] == "epoch"]
+
+
+def last_weights(out: Path) -> dict[str, torch.Tensor]:
+    folder = open_run(str(out))
+    step = folder.checkpoints.steps()[-1]
+    return {**load_file(out / folder_of(step) / "model.safetensors"), **load_file(out / folder_of(step) / "optimizer.safetensors")}
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    assert losses(left) == losses(right)
+    assert validations(left) == validations(right)
+    a, b = last_weights(left), last_weights(right)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert (left / "model" / "model.safetensors").read_bytes() == (right / "model" / "model.safetensors").read_bytes()
+
+
+def assert_each_study_once_per_epoch(out: Path, job: FinetuneJob) -> None:
+    expected = open_release(job.release).manifest.receipts["train"]
+    receipts = receipts_by_epoch(read_lines(open_store(str(out)), "ledger.jsonl"))
+    assert receipts == dict.fromkeys(range(job.epochs), expected)
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Sends this process a real SIGTERM once a step has been recorded."""
+    from draf_dist.training.tracking import Tracker
+
+    record = Tracker.step
+
+    def recorded(self: Tracker, report: Any) -> None:
+        record(self, report)
+        if report.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Tracker, "step", recorded)
+
+
+def test_a_run_consumes_each_study_once_per_epoch_and_logs_each_step_once(undisturbed: Path, job: FinetuneJob) -> None:
+    assert_each_study_once_per_epoch(undisturbed, job)
+    steps = [step for step, _ in losses(undisturbed)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert all(loss > 0 for _, loss in losses(undisturbed))
+
+
+def test_the_same_job_twice_gives_the_same_bits(undisturbed: Path, job: FinetuneJob, tmp_path: Path) -> None:
+    torch.rand(1)  # the state of the global generator must not matter
+    run(job, tmp_path / "again")
+    assert_same_run(undisturbed, tmp_path / "again")
+
+
+def test_another_seed_gives_another_run(undisturbed: Path, job: FinetuneJob, tmp_path: Path) -> None:
+    run(job.model_copy(update={"seed": 1, "epochs": 1}), tmp_path / "other")
+    assert losses(tmp_path / "other")[0] != losses(undisturbed)[0]
+
+
+@pytest.mark.parametrize("step", [1, 3, 5], ids=["before the first checkpoint", "at a checkpoint", "in the middle of an epoch"])
+def test_an_interrupted_run_continues_as_if_nothing_had_been(
+    undisturbed: Path, job: FinetuneJob, tmp_path: Path, step: int
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_at(monkeypatch, step)
+        with pytest.raises(InterruptedRunError, match="the same command continues") as caught:
+            run(job, tmp_path / "run")
+    assert caught.value.exit_code == 5
+    assert losses(tmp_path / "run") == losses(undisturbed)[:step]
+    assert run(job, tmp_path / "run").finished
+    assert_same_run(undisturbed, tmp_path / "run")
+    assert_each_study_once_per_epoch(tmp_path / "run", job)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(
+    undisturbed: Path, job: FinetuneJob, tmp_path: Path
+) -> None:
+    """A real process gets SIGKILL at two random steps; every time the same command is given again."""
+    spec, out = tmp_path / "job.yaml", tmp_path / "run"
+    spec.write_text(json.dumps(job.model_dump(mode="json")))
+    command = [sys.executable, "-c", COMMAND, str(spec), str(out)]
+    num_steps = len(losses(undisturbed))
+    for kill_after in sorted(random.Random(7).sample(range(1, num_steps - 2), 2)):
+        kill_once(command, out / "metrics.jsonl", kill_after)
+        assert open_run(str(out)).end() is None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(undisturbed, out)
+    assert_each_study_once_per_epoch(out, job)
+    assert summarise(str(out)).attempts == 3
+
+
+def kill_once(command: list[str], metrics: Path, after: int) -> None:
+    """Starts the command and kills it once this attempt has recorded a step past `after`."""
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or metrics.stat().st_mtime_ns == before or last_step(metrics) <= after:
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+
+
+def last_step(metrics: Path) -> int:
+    lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
+    return max((json.loads(line)["step"] for line in lines), default=0)
+
+
+def test_a_broken_checkpoint_costs_its_steps_and_nothing_else(undisturbed: Path, job: FinetuneJob, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_at(monkeypatch, 5)
+        with pytest.raises(InterruptedRunError):
+            run(job, tmp_path / "run")
+    weights = tmp_path / "run" / folder_of(5) / "optimizer.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    run(job, tmp_path / "run")
+    assert_same_run(undisturbed, tmp_path / "run")
+    assert_each_study_once_per_epoch(tmp_path / "run", job)
+
+
+def test_a_finished_run_is_reported_and_not_touched(undisturbed: Path, job: FinetuneJob) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    again, resumed = run(job, undisturbed), run(job, undisturbed, resume=True)
+    assert again == resumed
+    assert again.best_nll == min(nll for _, nll in validations(undisturbed))
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
+
+
+def test_fresh_and_resume_exclude_each_other(job: FinetuneJob, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="expected one of them, found both"):
+        run(job, tmp_path / "run", fresh=True, resume=True)
+
+
+def test_an_attempt_that_was_overtaken_stops_at_its_next_checkpoint(job: FinetuneJob, tmp_path: Path) -> None:
+    from draf_dist.training.tracking import Tracker
+
+    record = Tracker.step
+
+    def overtaken(self: Tracker, report: Any) -> None:
+        record(self, report)
+        if report.step == 4:
+            (tmp_path / "run" / FENCE).write_text("another attempt")
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Tracker, "step", overtaken)
+        with pytest.raises(GateError, match="a later one"):
+            run(job, tmp_path / "run")
+    assert open_run(str(tmp_path / "run")).checkpoints.steps() == [3]
+
+
+def test_a_checkpoint_of_another_job_is_refused(job: FinetuneJob, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_at(monkeypatch, 3)
+        with pytest.raises(InterruptedRunError):
+            run(job, tmp_path / "run")
+    other = job.model_copy(update={"seed": 5})
+    enter_run(str(tmp_path / "other"), pin(other)[0], "continue")
+    shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "other" / "checkpoints")
+    with pytest.raises(DataError, match="expected a checkpoint of this job"):
+        run(other, tmp_path / "other")
+
+
+@pytest.fixture(scope="module")
+def spoiled(job: FinetuneJob) -> FinetuneJob:
+    """With a rate that spoils the weights the first epochs are the best ones."""
+    return job.model_copy(
+        update={"patience": 2, "epochs": 40, "optimizer": job.optimizer.model_copy(update={"learning_rate": 0.1})}
+    )
+
+
+def test_best_weights_that_are_lost_are_said_to_be_lost(spoiled: FinetuneJob, tmp_path: Path) -> None:
+    result = run(spoiled, tmp_path / "run")
+    ledger = tmp_path / "run" / "ledger.jsonl"
+    *before_end, _ = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(before_end))
+    (tmp_path / "run" / folder_of(result.best_step) / "model.safetensors").write_bytes(b"rot")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"expected the weights of the best validation.*Start anew with --fresh"):
+            run(spoiled, tmp_path / "run")
+    assert run(spoiled, tmp_path / "run", fresh=True) == result
+
+
+def test_training_stops_early_and_keeps_the_best(spoiled: FinetuneJob, tmp_path: Path) -> None:
+    result = run(spoiled, tmp_path / "run")
+    found = validations(tmp_path / "run")
+    assert result.steps < 40 * found[0][0]
+    assert found[-1][1] >= result.best_nll
+    assert result.best_step == found[-3][0]
+    exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    best = load_file(tmp_path / "run" / folder_of(result.best_step) / "model.safetensors")
+    assert all(torch.equal(value, best[name]) for name, value in exported.items())
+
+    # Stopped after the best epoch, the run must remember which one that was and how long ago.
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_at(monkeypatch, result.best_step + 2)
+        with pytest.raises(InterruptedRunError):
+            run(spoiled, tmp_path / "continued")
+    assert replace(run(spoiled, tmp_path / "continued"), url=result.url) == result
+    assert_same_run(tmp_path / "run", tmp_path / "continued")
+
+
+def test_trace_finds_every_use_of_a_study_that_the_receipts_count(undisturbed: Path, job: FinetuneJob) -> None:
+    table = open_release(job.release).subjects().to_pylist()
+    trained = next(row for row in table if row["split"] == "train")
+    uses = trace(str(undisturbed), trained["uid"])
+    assert [use.epoch for use in uses] == list(range(job.epochs))
+    assert all(use.rank == 0 and use.world == 1 and use.entry < job.batch_size for use in uses)
+    tested = next(row for row in table if row["split"] == "test")
+    assert trace(str(undisturbed), tested["uid"]) == []
+    with pytest.raises(SpecError, match="expected a study of"):
+        trace(str(undisturbed), 12345)
+
+
+def test_a_summary_is_read_from_the_folder_alone(undisturbed: Path, job: FinetuneJob) -> None:
+    summary = summarise(str(undisturbed))
+    assert summary.state == "finished"
+    assert summary.epochs_complete == job.epochs
+    assert summary.steps == len(losses(undisturbed))
+    assert summary.best_nll == min(nll for _, nll in validations(undisturbed))
+    assert {"startup", "data_wait", "step", "validate", "checkpoint", "idle"} == set(summary.seconds)
+
+
+def test_no_name_of_a_subject_is_in_a_run(undisturbed: Path, job: FinetuneJob) -> None:
+    subjects = set(open_release(job.release).subjects()["subject"].to_pylist())
+    texts = [path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()]
+    assert not any(subject.encode() in text for subject in subjects for text in texts)
