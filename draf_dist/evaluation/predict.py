@@ -1,0 +1,118 @@
+"""From batches to predictions: T Monte-Carlo passes keyed by (seed, pass, uid), every study exactly once."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from draf_dist import noise
+from draf_dist.data.receipts import receipt
+from draf_dist.errors import DataError, explain
+from draf_dist.evaluation.predictions import Applied, Predictions, concatenate
+from draf_dist.models.uncertainty import decompose
+from draf_dist.schema.batch import Batch, FusionOutput
+from draf_dist.schema.modality import DataSchema
+from draf_dist.schema.release import Receipt
+
+# That of the validation during training: with the same seed and passes, the same numbers come out.
+STREAM = "mc"
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model with what its predictions depend on: the number of passes and the evaluation's own seed.
+
+    The noise of a study is a function of (seed, pass, uid) alone, so its prediction doesn't depend on its batch, and all
+    corruptions of one study meet the same dropout masks: differences between them are due to the corruption.
+    """
+
+    model: nn.Module
+    schema: DataSchema
+    passes: int
+    seed: int
+
+    @torch.no_grad()
+    def predict(self, batches: Iterable[Batch], *, split: str, applied: Applied | None = None) -> Predictions:
+        """Predictions of normalised batches, one batch in memory at a time.
+
+        Raises:
+            DataError: there is no study in the batches.
+        """
+        self.model.eval()
+        parts = [self._predict_batch(batch, split, applied or Applied()) for batch in batches]
+        if not parts:
+            raise DataError(
+                explain(f"split {split}", expected="at least one study", found="none", remedy="Evaluate another split.")
+            )
+        return concatenate(parts)
+
+    def _predict_batch(self, batch: Batch, split: str, applied: Applied) -> Predictions:
+        keys = noise.sample_keys(self.seed, STREAM, None, batch.uid, self.passes)
+        output: FusionOutput = self.model(batch, keys)
+        # In double precision the parts add up to the total, and the mean does not depend on how it is summed.
+        by_pass = output.logits.double().softmax(-1)
+        parts = decompose(by_pass)
+        absent = ~batch.present
+        known = batch.target.observed
+        return Predictions(
+            modalities=batch.modalities,
+            classes=self.schema.label.classes,
+            split=split,
+            applied=applied,
+            uid=_int64(batch.uid),
+            site=np.array(self.schema.sites, dtype=np.str_)[_int64(batch.site)],
+            target=_int64(torch.where(known, batch.target.label, -1)),
+            probability=_floats(by_pass.mean(0)),
+            epistemic=_floats(parts["epistemic"]),
+            aleatoric=_floats(parts["aleatoric"]),
+            total=_floats(parts["total"]),
+            present=batch.present.cpu().numpy(),
+            corrupted=batch.corrupted.cpu().numpy(),
+            severity=_floats(batch.severity),
+            reliability=_floats(output.reliability),
+            corruption_probability=_corruption_probability(output, absent),
+            unimodal=_unimodal(output, absent),
+            uncertainty={kind: _floats(value.masked_fill(absent, torch.nan)) for kind, value in output.uncertainty.items()},
+        )
+
+
+def check_coverage(predictions: Predictions, expected: Receipt) -> None:
+    """Every study of the split was predicted, none twice (rule D7).
+
+    Raises:
+        DataError: the studies predicted are not those of the release.
+    """
+    found = receipt(predictions.uid)
+    if found != expected or len(np.unique(predictions.uid)) != len(predictions.uid):
+        raise DataError(
+            explain(
+                f"split {predictions.split}",
+                expected=f"the {expected.count} studies of the release, each once (uid sum {expected.uid_sum})",
+                found=f"{found.count} (uid sum {found.uid_sum})",
+                remedy="Run `draf release verify` on it.",
+            )
+        )
+
+
+def _corruption_probability(output: FusionOutput, absent: Tensor) -> NDArray[np.float32]:
+    if output.corruption_logits is None:
+        return np.full(tuple(absent.shape), np.nan, dtype=np.float32)
+    return _floats(output.corruption_logits.sigmoid().masked_fill(absent, torch.nan))
+
+
+def _unimodal(output: FusionOutput, absent: Tensor) -> NDArray[np.float32]:
+    logits = output.modality_logits
+    if logits is None or logits.shape[-1] != 2:
+        return np.full(tuple(absent.shape), np.nan, dtype=np.float32)
+    return _floats(logits.softmax(-1)[..., 1].mean(0).masked_fill(absent, torch.nan))
+
+
+def _floats(value: Tensor) -> NDArray[np.float32]:
+    return value.detach().float().cpu().numpy()
+
+
+def _int64(value: Tensor) -> NDArray[np.int64]:
+    return value.cpu().numpy().astype(np.int64)

@@ -1,0 +1,176 @@
+"""The types of evaluation.json: every number of the report and the data of every figure. No NaN, no subject."""
+
+from typing import Literal
+
+from draf_dist.evaluation.job import EvaluateJob
+from draf_dist.evaluation.statistics import Estimate
+from draf_dist.evaluation.temperature import Temperature
+from draf_dist.schema.modality import Record
+
+Metrics = dict[str, Estimate]
+Curve = tuple[float | None, ...]
+
+
+class DiagramBin(Record):
+    """One bin (low, high] of a reliability diagram."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    frequency: float
+
+
+class Diagram(Record):
+    """A reliability diagram. question: of the predicted class ("top_label") or of class 1 ("class_one")."""
+
+    question: Literal["top_label", "class_one"]
+    scaled: bool
+    bins: tuple[DiagramBin, ...]
+
+
+class Floor(Record):
+    """ECE of a perfectly calibrated model with the same confidences: mean and 95th percentile over simulated labels."""
+
+    mean: float | None
+    high: float | None
+
+
+class ClassCurveData(Record):
+    """Class-wise risk-coverage, thinned: share of all studies kept, share of the class kept, errors among the kept of the class."""
+
+    name: str
+    coverage: Curve
+    kept: Curve
+    risk: Curve
+
+
+class AlarmCurveData(Record):
+    """PPV and recall at the fixed threshold as coverage falls, thinned. Two classes only."""
+
+    threshold: float
+    coverage: Curve
+    ppv: Curve
+    recall: Curve
+
+
+class RegretData(Record):
+    """Nats lost to the exact posterior. observed: at the labels seen; expected: mean KL(posterior || model), never negative.
+
+    posterior: the scores of the exact posterior itself on the same studies, its own ECE included: the reference.
+    """
+
+    observed: Estimate
+    expected: Estimate
+    expected_raw: Estimate
+    posterior: Metrics
+
+
+class Group(Record):
+    """A part of a split: a site, or a pattern of present modalities. Metrics are of temperature-scaled probabilities."""
+
+    name: str
+    present: tuple[bool, ...] = ()
+    num_studies: int
+    num_subjects: int
+    class_counts: tuple[int, ...]
+    metrics: Metrics
+    regret: RegretData | None = None
+
+
+class SplitResult(Record):
+    """One split, clean. raw and scaled: all metrics before and after temperature scaling."""
+
+    split: str
+    num_studies: int
+    num_unlabelled: int
+    num_subjects: int
+    class_counts: tuple[int, ...]
+    num_undefined_classes: int
+    raw: Metrics
+    scaled: Metrics
+    ece_floor: Floor
+    ece_class_one_floor: Floor | None
+    diagrams: tuple[Diagram, ...]
+    risk_coverage: tuple[ClassCurveData, ...]
+    alarms: AlarmCurveData | None
+    reliability: dict[str, float | None]
+    by_site: tuple[Group, ...]
+    by_pattern: tuple[Group, ...]
+    regret: RegretData | None = None
+
+
+class Cell(Record):
+    """One corruption, or one removal, against the same studies clean.
+
+    operation and level as in the spec; modality: the one hit, or "all". metrics: auroc, nll and others when corrupted, and
+    auroc_difference, nll_difference (clean - corrupted, paired), auroc_drop_percent = 100 (clean - corrupted) / clean.
+    reliability, corruption_probability: means over the studies in which the modality is present.
+    """
+
+    operation: str
+    index: int
+    level: str
+    severity: float
+    modality: str
+    num_studies: int
+    metrics: Metrics
+    reliability: dict[str, float | None]
+    corruption_probability: dict[str, float | None]
+    regret: RegretData | None = None
+
+
+class Sweep(Record):
+    """All cells of the robustness sweep. clean: the same studies and passes without corruption."""
+
+    split: str
+    passes: int
+    num_studies: int
+    clean: Metrics
+    clean_reliability: dict[str, float | None]
+    cells: tuple[Cell, ...]
+    removals: tuple[Cell, ...]
+
+
+class Signal(Record):
+    """What one modality's uncertainty and weight go with; rank correlations, null where they do not exist.
+
+    uncertainty_risk: kind -> Spearman(U, probability of class 1) on val. The others pool all cells of the sweep that hit this
+    modality alone, and the clean ones: severity with reliability, with U, with c_hat; c_hat with U.
+    """
+
+    modality: str
+    uncertainty_risk: dict[str, float | None]
+    severity_reliability: float | None
+    severity_uncertainty: float | None
+    severity_corruption: float | None
+    corruption_uncertainty: float | None
+
+
+class About(Record):
+    """What was evaluated. settings: the resolved job of the evaluation."""
+
+    run: str
+    job_name: str
+    release: str
+    release_version: str
+    trained_on: str
+    model: str
+    num_parameters: int
+    weights_sha256: str
+    modalities: tuple[str, ...]
+    label: str
+    classes: tuple[str, ...]
+    settings: EvaluateJob
+
+
+class Evaluation(Record):
+    """evaluation.json."""
+
+    format: Literal[1] = 1
+    about: About
+    temperature: Temperature
+    splits: tuple[SplitResult, ...]
+    sweep: Sweep | None
+    signals: tuple[Signal, ...]
+    warnings: tuple[str, ...]
