@@ -1,0 +1,68 @@
+"""How a release is shown in a terminal."""
+
+from collections.abc import Mapping
+
+from draf_dist.cli.output import console, table
+from draf_dist.schema.release import SPLITS, Quarantine
+from draf_dist.sources.base import SourceCounts
+
+Counts = Mapping[str, Mapping[str, Mapping[str, int]]]
+SHOWN_REJECTIONS = 5
+
+
+def print_counts(counts: Counts, title: str) -> None:
+    """Studies and present modalities by site and split."""
+    modalities = sorted({name for splits in counts.values() for cell in splits.values() for name in cell} - {"studies"})
+    rows = [
+        (site, split, cell["studies"], *(cell.get(name, 0) for name in modalities))
+        for site, splits in sorted(counts.items())
+        for split, cell in sorted(splits.items(), key=lambda item: SPLITS.index(item[0]))
+        if cell["studies"]
+    ]
+    console.print(table(title, ("site", "split", "studies", *modalities), rows))
+    if empty := sorted(site for site, splits in counts.items() if not any(cell["studies"] for cell in splits.values())):
+        console.print(f"[yellow]No studies at:[/] {', '.join(empty)}.", soft_wrap=True, highlight=False)
+
+
+def print_source_counts(counts: SourceCounts) -> None:
+    """What became of table rows and values, as far as something was left out or converted."""
+    rows = [
+        (name, made.observed, made.converted, made.out_of_range, made.unreadable)
+        for name, made in sorted(counts.variables.items())
+        if made.converted or made.out_of_range or made.unreadable
+    ]
+    if rows:
+        console.print(table("values", ("variable", "kept", "converted", "out of range", "unreadable"), rows))
+    tables = [(name, made.rows, made.unmatched, made.bad_time, made.outside_window) for name, made in sorted(counts.tables.items())]
+    if tables:
+        console.print(table("rows", ("table", "read", "of no study", "bad time", "outside window"), tables))
+
+
+def print_nothing_observed(counts: SourceCounts) -> None:
+    """Variables of which a site gave nothing that could be used: most often a wrong code, unit or time format in the card."""
+    found = nothing_observed(counts)
+    if found:
+        listed = "; ".join(f"{name} at {', '.join(sites)}" for name, sites in found.items())
+        console.print(
+            f"[yellow]Nothing observed:[/] {listed}. Check code, window and time format in the card.",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def nothing_observed(counts: SourceCounts) -> dict[str, list[str]]:
+    """Variable -> sites that should record it, by the card, and of which no value could be used."""
+    return {name: made.empty_at for name, made in sorted(counts.variables.items()) if made.empty_at}
+
+
+def print_quarantine(quarantine: Quarantine, counts: Counts) -> None:
+    """How many studies were left out, why, and where the first of them stand."""
+    if not quarantine.studies:
+        console.print("Quarantine: none.")
+        return
+    reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(quarantine.reasons.items()))
+    kept = sum(cell["studies"] for splits in counts.values() for cell in splits.values())
+    share = len(quarantine.studies) / (kept + len(quarantine.studies))
+    console.print(f"Quarantine: {len(quarantine.studies)} studies ({share:.1%}): {reasons}.")
+    for study in quarantine.studies[:SHOWN_REJECTIONS]:
+        console.print(f"  {study.site}: {study.where}: {study.reason}", soft_wrap=True, highlight=False, markup=False)

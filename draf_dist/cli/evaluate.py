@@ -1,0 +1,78 @@
+"""`draf evaluate`: a finished run to predictions, evaluation.json and report.html."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from draf_dist.cli.output import JsonOption, SetOption, console, print_json, progress, table
+from draf_dist.cli.subject_key import subject_key
+
+if TYPE_CHECKING:
+    from draf_dist.evaluation.results import Evaluation, SplitResult
+    from draf_dist.evaluation.statistics import Estimate
+
+SHOWN = ("auroc", "auprc", "nll", "ece", "brier", "aurc", "accuracy")
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(help="URL of the run folder.")],
+    job: Annotated[Path | None, typer.Option(help="Evaluation spec (YAML); the defaults if not given.")] = None,
+    release: Annotated[str | None, typer.Option(help="Another release to evaluate on, with the same modalities and label.")] = None,
+    truth: Annotated[Path | None, typer.Option(help="Folder `truth` of `draf synth`: also report regret.")] = None,
+    overrides: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure accuracy, calibration, abstention and robustness of a run, per site and per missing pattern, with intervals.
+
+    Example: draf evaluate runs/first --truth data/truth
+    """
+    from draf_dist.config.spec import apply_overrides, read_yaml, validate_spec
+    from draf_dist.evaluation.evaluate import REPORT, results_folder
+    from draf_dist.evaluation.evaluate import evaluate as evaluate_run
+    from draf_dist.evaluation.job import EvaluateJob
+    from draf_dist.sources.synth.truth import posterior_by_uid
+
+    tree = {} if job is None else read_yaml(job)
+    apply_overrides(tree, overrides or ())
+    spec = validate_spec(tree, EvaluateJob, where="--set" if job is None else str(job))
+    planted = None if truth is None else posterior_by_uid(truth, subject_key(public=True))
+    with progress() as bar:
+        task = bar.add_task("evaluating", total=None)
+        found = evaluate_run(
+            run,
+            spec,
+            release_url=release,
+            truth=planted,
+            on_progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
+        )
+    if json:
+        print_json(found.model_dump(mode="json"))
+        return
+    print_evaluation(found)
+    console.print(f"Report: {run.rstrip('/')}/{results_folder(found.about)}{REPORT}", soft_wrap=True, highlight=False)
+
+
+def print_evaluation(evaluation: "Evaluation") -> None:
+    """The headline table, temperature-scaled, and the warnings."""
+    columns = ("temperature-scaled", *(f"{split.split} ({split.num_studies} studies)" for split in evaluation.splits))
+    rows = [(name.upper().replace("_", " "), *(_metric(split, name) for split in evaluation.splits)) for name in SHOWN]
+    if any(split.regret is not None for split in evaluation.splits):
+        regrets = ("-" if split.regret is None else _cell(split.regret.observed) for split in evaluation.splits)
+        rows.append(("regret, nats", *regrets))
+    console.print(table("metrics, with 95 % intervals over subjects", columns, rows))
+    for warning in evaluation.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+
+
+def _metric(split: "SplitResult", name: str) -> str:
+    return _cell(split.scaled[name]) if name in split.scaled else "-"
+
+
+def _cell(estimate: "Estimate") -> str:
+    if estimate.value is None:
+        return "-"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

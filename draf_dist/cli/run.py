@@ -1,0 +1,96 @@
+"""`draf run show | report | trace`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from draf_dist.cli.output import JsonOption, console, print_json, table
+from draf_dist.errors import SpecError, explain
+
+app = typer.Typer(no_args_is_help=True)
+RunArgument = Annotated[str, typer.Argument(help="URL of the run folder.")]
+
+
+@app.command("show")
+def show(run: RunArgument, json: JsonOption = False) -> None:
+    """How a run stands: steps, attempts, epochs consumed whole, validation, where the time went.
+
+    Example: draf run show runs/first
+    """
+    from draf_dist.training.summary import summarise
+
+    summary = summarise(run)
+    if json:
+        print_json(asdict(summary))
+        return
+    complete = "release unreadable" if summary.epochs_complete is None else f"{summary.epochs_complete} whole"
+    rows = [
+        ("state", summary.state),
+        ("release", summary.release),
+        ("attempts", summary.attempts),
+        ("steps", summary.steps),
+        ("source epochs", f"{len(summary.samples)}, {complete}"),
+        ("checkpoints at", ", ".join(map(str, summary.checkpoints)) or "-"),
+        *((f"seconds: {kind.replace('_', ' ')}", f"{seconds:.1f}") for kind, seconds in sorted(summary.seconds.items())),
+    ]
+    console.print(table(f"{summary.name}: {summary.url}", ("", ""), rows))
+    epochs = [(e["epoch"], e["step"], f"{e['nll']:.4f}", "best" if e["step"] == summary.best_step else "") for e in summary.epochs]
+    console.print(table("validation", ("epoch", "step", "NLL, nats", ""), epochs))
+
+
+@app.command("report")
+def report(run: RunArgument, out: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html")) -> None:
+    """Render the report of an evaluated run again, from its evaluation.json, into a file here.
+
+    Example: draf run report s3://bucket/runs/first --out first.html
+    """
+    from draf_dist.evaluation.evaluate import read_evaluation
+    from draf_dist.evaluation.report import render
+    from draf_dist.training.run_folder import open_run
+
+    folder = open_run(run)
+    evaluation = read_evaluation(folder.store)
+    if evaluation is None:
+        raise SpecError(explain(folder.url, expected="an evaluated run", found="no evaluation.json", remedy=f"draf evaluate {run}"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(render(evaluation), encoding="utf-8")
+    console.print(f"Report: {out}", soft_wrap=True, highlight=False)
+
+
+@app.command("trace")
+def trace(
+    run: RunArgument,
+    uid: Annotated[str, typer.Argument(help="uid of a study: 16 hex digits, as in member names and predictions.")],
+    json: JsonOption = False,
+) -> None:
+    """At which epochs, steps and ranks a study was used in training, computed from the order, without logs.
+
+    Example: draf run trace runs/first 00ab34cd56ef7890
+    """
+    from draf_dist.training.trace import trace as trace_uid
+
+    uses = trace_uid(run, _parse_uid(uid))
+    if json:
+        print_json({"uid": uid, "uses": [asdict(use) for use in uses]})
+        return
+    if not uses:
+        console.print(f"{uid} was not used in training: it is in another split, or its step has not come yet.")
+        return
+    rows = [(use.epoch, use.step, use.entry, f"{use.rank} of {use.world}") for use in uses]
+    console.print(table(f"uses of {uid}", ("epoch", "step", "entry of batch", "rank"), rows))
+
+
+def _parse_uid(text: str) -> int:
+    try:
+        uid = int(text, 16)
+    except ValueError:
+        uid = -1
+    if len(text) != 16 or not 0 <= uid < 2**63:
+        raise SpecError(
+            explain(
+                "uid", expected="16 hex digits", found=repr(text), remedy="Take it from predictions/*.parquet or a member name."
+            )
+        )
+    return uid

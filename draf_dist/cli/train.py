@@ -1,0 +1,47 @@
+"""`draf train`: a job to a finished run."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from draf_dist.cli.output import DryRunOption, JsonOption, SetOption, console, print_json
+
+
+def train(
+    job: Annotated[Path, typer.Argument(help="The job (YAML).")],
+    out: Annotated[str | None, typer.Option(help="URL of the run folder; runs/<job>-<hash> if not given.")] = None,
+    overrides: SetOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove the run that is there and start anew.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="The run must exist; continue it.")] = False,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Train a model. The same command on a run that exists continues it, and on a finished one prints its result.
+
+    Example: draf train jobs/finetune_synth.yaml --set release=s3://bucket/synth --out runs/first
+    """
+    from draf_dist.training.finetune import RUNS, finetune
+    from draf_dist.training.job import load_job
+    from draf_dist.training.parts import pin
+
+    spec = load_job(job, overrides or ())
+    if dry_run:
+        pinned, release = pin(spec)
+        url = out or f"{RUNS}/{pinned.run_name}"
+        num_train = release.manifest.receipts["train"].count
+        if json:
+            print_json({"run": url, "release": pinned.release, "num_train": num_train})
+        else:
+            console.print(f"Would train {pinned.model.kind} on {num_train} studies of {pinned.release} into {url}.", soft_wrap=True)
+        return
+    result = finetune(spec, out, fresh=fresh, resume=resume)
+    if json:
+        print_json(asdict(result))
+        return
+    console.print(
+        f"Finished after {result.steps} steps: best validation NLL {result.best_nll:.4f} nats at step {result.best_step}.",
+        highlight=False,
+    )
+    console.print(f"Run: {result.url}   Next: draf evaluate {result.url}", soft_wrap=True, highlight=False)
