@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +19,9 @@ from draf_dist.cli.evaluate import print_evaluation
 from draf_dist.cli.output import JsonOption, console, errors, print_json, table
 from draf_dist.cli.subject_key import PUBLIC_KEY
 from draf_dist.errors import DrafError, SpecError, explain
+
+if TYPE_CHECKING:
+    from draf_dist.evaluation.results import Evaluation
 
 SUMMARY = "demo.json"
 MARK = ".draf-demo"
@@ -59,7 +63,7 @@ def demo(
         server = LocalS3(out / "s3").__enter__()
     try:
         os.environ.update(server.environment)
-        facts = _road(out.absolute(), server.create_bucket("demo"), stages, subjects=subjects, seed=seed)
+        evaluation, facts = _road(out.absolute(), server.create_bucket("demo"), stages, subjects=subjects, seed=seed)
     finally:
         server.stop()
     facts |= {"seconds": stages.seconds, "total_seconds": round(time.perf_counter() - began, 2)}
@@ -67,14 +71,18 @@ def demo(
     if json:
         print_json(facts)
         return
+    print_evaluation(evaluation)
+    console.print(table("checks", ("what", "found"), facts["checks"].items()))
     console.print(table("stages", ("stage", "seconds"), [*stages.seconds.items(), ("total", facts["total_seconds"])]))
     console.print(
         f"Report: {out / 'run' / 'report.html'}   Stage seconds and checks: {out / SUMMARY}", soft_wrap=True, highlight=False
     )
 
 
-def _road(out: Path, bucket: str, stages: Stages, *, subjects: int, seed: int) -> dict[str, object]:
-    """Everything between the server's start and its end; returns what the checks found."""
+def _road(out: Path, bucket: str, stages: Stages, *, subjects: int, seed: int) -> tuple["Evaluation", dict[str, Any]]:
+    """Everything between the server's start and its end; returns the evaluation, and what the checks found."""
+    import torch
+
     from draf_dist.cli.demo_checks import check_artefacts
     from draf_dist.cli.demo_job import demo_evaluation, demo_job
     from draf_dist.config.spec import dump_yaml
@@ -85,6 +93,8 @@ def _road(out: Path, bucket: str, stages: Stages, *, subjects: int, seed: int) -
     from draf_dist.sources.synth import synthesise
     from draf_dist.sources.synth.truth import posterior_by_uid
 
+    # Models this small gain nothing from a second thread, and threads that wait for a busy core cost much.
+    torch.set_num_threads(1)
     synth, run, reference = out / "synth", out / "run", out / "reference"
     with stages("synthesise raw export"):
         synthesise(synth, num_sites=4, num_subjects=subjects, seed=seed)
@@ -93,24 +103,23 @@ def _road(out: Path, bucket: str, stages: Stages, *, subjects: int, seed: int) -
         release = prepare(source, f"{bucket}/synth", subject_key=PUBLIC_KEY)
     job = demo_job(release.pinned_url, seed=seed)
     dump_yaml(job, out / "job.yaml")
-    with stages("train, kill in mid-training"):
-        unkilled = Training(out, reference)
-        killed = Training(out, run)
-        killed_at = killed.kill_after(job.checkpoint.every_steps * 3 // 2)
-    with stages("resume; reference run beside it"):
-        Training(out, run).finish()
-        unkilled.finish()
+    with ExitStack() as processes:
+        with stages("train, kill in mid-training"):
+            unkilled = processes.enter_context(Training(out, reference))
+            killed = processes.enter_context(Training(out, run))
+            killed_at = killed.kill_after(job.checkpoint.every_steps * 3 // 2)
+        with stages("resume; reference run beside it"):
+            processes.enter_context(Training(out, run)).finish()
+            unkilled.finish()
     with stages("evaluate and report"):
         evaluation = evaluate(str(run), demo_evaluation(), truth=posterior_by_uid(synth / "truth", PUBLIC_KEY))
     with stages("check own artefacts"):
         checks = check_artefacts(release, run, reference, killed_at)
-    print_evaluation(evaluation)
-    console.print(table("checks", ("what", "found"), checks.items()))
-    return {"release": release.pinned_url, "killed_at_step": killed_at, "checks": checks}
+    return evaluation, {"release": release.pinned_url, "killed_at_step": killed_at, "checks": checks}
 
 
 class Training:
-    """One `draf train` in a process of its own, as a user would start it."""
+    """One `draf train` in a process of its own, as a user would start it; gone at the end of the `with` block at the latest."""
 
     def __init__(self, out: Path, run: Path) -> None:
         self.run = run
@@ -118,6 +127,12 @@ class Training:
         command = [sys.executable, "-m", "draf_dist.cli.app", "train", str(out / "job.yaml"), "--out", str(run)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+    def __enter__(self) -> "Training":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop()
 
     def kill_after(self, step: int) -> int:
         """SIGKILL once that many steps are in metrics.jsonl; returns how many there were.

@@ -95,7 +95,7 @@ def test_a_broken_checkpoint_in_a_bucket_falls_back(s3: Any, job: FinetuneJob) -
     store.write(weights, store.read(weights)[:-1])
     expected = losses(url)
     assert finetune(job, url, console=Console(file=said, width=1000)).finished
-    assert f"warning: {weights}: expected" in said.getvalue()
+    assert f"warning: {store.where(weights)}: expected" in said.getvalue()
     assert losses(url) == expected
     assert folder_of(len(expected)) == f"checkpoints/{last}"
 
