@@ -1,0 +1,42 @@
+"""Boxes taken out of the image."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from draf_dist import noise
+from draf_dist.augment.bounds import Fractions
+from draf_dist.augment.transform import Parameters, between, centres
+from draf_dist.config.spec import Spec
+
+
+class CuboidMask(Spec):
+    """1 to max_boxes boxes, all within the image, become 0, the mean of the training images; they may overlap.
+
+    side: of a box along each axis, as a fraction of the extent, drawn for each axis.
+    """
+
+    kind: Literal["cuboid_mask"] = "cuboid_mask"
+    max_boxes: int = Field(3, ge=1)
+    side: Fractions = (0.1, 0.2)
+
+    def sample(self, keys: Tensor, size: tuple[int, int]) -> Parameters:
+        """low, high f32 (B, max_boxes, 2): corners (y, x) in fractions of the extent; a box that is not used is empty."""
+        draws = noise.uniform(keys, (1 + 4 * self.max_boxes,))
+        used = torch.arange(self.max_boxes, device=keys.device) <= (draws[:, :1] * self.max_boxes).long()
+        sides, places = draws[:, 1:].view(-1, 2, self.max_boxes, 2).unbind(dim=1)
+        side = between(sides, self.side)
+        low = places * (1 - side)
+        return {"low": low, "high": torch.where(used[:, :, None], low + side, low)}
+
+    def apply(self, image: Tensor, parameters: Parameters) -> Tensor:
+        """The images without the pixels whose centre lies in a box."""
+        low, high = parameters["low"], parameters["high"]
+        rows, columns = (
+            (low[:, :, axis, None] <= at) & (at < high[:, :, axis, None])
+            for axis, at in enumerate(centres(length, image.device) for length in image.shape[-2:])
+        )
+        inside = (rows[:, :, :, None] & columns[:, :, None, :]).any(dim=1)
+        return torch.where(inside[:, None], 0.0, image)

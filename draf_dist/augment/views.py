@@ -1,0 +1,74 @@
+"""Two views of every image for contrastive pre-training, with a record of what was done to each."""
+
+from dataclasses import dataclass
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from draf_dist import noise
+from draf_dist.augment.crop import RandomCrop
+from draf_dist.augment.cuboid_mask import CuboidMask
+from draf_dist.augment.elastic import Elastic
+from draf_dist.augment.gaussian_noise import GaussianNoise
+from draf_dist.augment.intensity import Intensity
+from draf_dist.augment.rotate_scale import RotateScale
+from draf_dist.augment.transform import Parameters
+from draf_dist.config.spec import Spec
+
+# Adding a transform: one file and one name here.
+ViewTransform = Annotated[RotateScale | Elastic | Intensity | GaussianNoise | CuboidMask, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class View:
+    """One view. image: f32 (B, C, H, W); applied: kind of transform -> its parameters, in the order of application."""
+
+    image: Tensor
+    applied: dict[str, Parameters]
+
+
+@dataclass(frozen=True)
+class Views:
+    """Two views of one crop. region: int64 (B,), of the crop, which no view moves; crop: its parameters."""
+
+    first: View
+    second: View
+    region: Tensor
+    crop: Parameters
+
+
+class ViewsConfig(Spec):
+    """The crop, then what is done to either view of it, in this order. The defaults are for chest radiographs (spec 3.2)."""
+
+    crop: RandomCrop = RandomCrop()
+    transforms: tuple[ViewTransform, ...] = (RotateScale(), Elastic(), Intensity(), GaussianNoise(), CuboidMask())
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        kinds = [transform.kind for transform in self.transforms]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError("a transform is listed twice")
+        return self
+
+    def make(self, image: Tensor, *, stream: str, seed: int, epoch: Tensor, uid: Tensor) -> Views:
+        """Views of normalised images f32 (B, C, H, W), functions of (seed, stream, view, epoch, uid) and the image alone.
+
+        stream: what is seen, the modality. epoch, uid: int64 (B,).
+        """
+
+        def keys(purpose: str) -> Tensor:
+            return noise.sample_keys(seed, f"augment/{stream}/{purpose}", epoch, uid, 1)[0]
+
+        size = (image.shape[-2], image.shape[-1])
+        crop = self.crop.sample(keys("crop"), size)
+        window = self.crop.apply(image, crop)
+        first, second = (
+            self._view(window, {t.kind: t.sample(keys(f"{view}/{t.kind}"), size) for t in self.transforms}) for view in (1, 2)
+        )
+        return Views(first, second, crop["region"], crop)
+
+    def _view(self, image: Tensor, applied: dict[str, Parameters]) -> View:
+        for transform in self.transforms:
+            image = transform.apply(image, applied[transform.kind])
+        return View(image, applied)
