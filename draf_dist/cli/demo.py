@@ -89,7 +89,6 @@ def _road(out: Path, bucket: str, stages: Stages, *, subjects: int, seed: int) -
     from draf_dist.data.prepare import prepare
     from draf_dist.evaluation.evaluate import evaluate
     from draf_dist.sources.card import load_card
-    from draf_dist.sources.hospital_export import HospitalExport
     from draf_dist.sources.synth import synthesise
     from draf_dist.sources.synth.truth import posterior_by_uid
 
@@ -99,7 +98,7 @@ def _road(out: Path, bucket: str, stages: Stages, *, subjects: int, seed: int) -
     with stages("synthesise raw export"):
         synthesise(synth, num_sites=4, num_subjects=subjects, seed=seed)
     with stages("prepare release on s3://"):
-        source = HospitalExport(load_card(synth / "card.yaml"), synth / "raw")
+        source = load_card(synth / "card.yaml").build(synth / "raw")
         release = prepare(source, f"{bucket}/synth", subject_key=PUBLIC_KEY)
     job = demo_job(release.pinned_url, seed=seed)
     dump_yaml(job, out / "job.yaml")

@@ -37,12 +37,11 @@ def prepare(
     from draf_dist.data.prepare import inspect_source
     from draf_dist.data.prepare import prepare as prepare_release
     from draf_dist.sources.card import load_card
-    from draf_dist.sources.hospital_export import HospitalExport
 
     if not raw.is_dir():
         found = "a file" if raw.exists() else "nothing"
         raise SpecError(explain(str(raw), expected="the folder of the raw export", found=found, remedy="Check --raw."))
-    source = HospitalExport(load_card(card, overrides or ()), raw)
+    source = load_card(card, overrides or ()).build(raw)
     key = subject_key(public=source.public_subject_key)
     with _termination_as_interrupt(), progress() as bar:
         task = bar.add_task("reading and writing studies", total=None)

@@ -2,10 +2,10 @@
 
 import json as json_module
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel
+from pydantic import TypeAdapter
 
 
 class SpecKind(StrEnum):
@@ -21,17 +21,18 @@ def schema(kind: Annotated[SpecKind, typer.Argument(help="Which spec.")]) -> Non
 
     Example: draf schema card > card.schema.json
     """
-    typer.echo(json_module.dumps(_model(kind).model_json_schema(), indent=2))
+    # A union of cards states its type in its members only.
+    typer.echo(json_module.dumps({"type": "object", **_spec(kind).json_schema()}, indent=2))
 
 
-def _model(kind: SpecKind) -> type[BaseModel]:
+def _spec(kind: SpecKind) -> TypeAdapter[Any]:
     from draf_dist.evaluation.job import EvaluateJob
-    from draf_dist.sources.card import Card
+    from draf_dist.sources.card import SourceCard
     from draf_dist.training.job import FinetuneJob
 
-    models: dict[SpecKind, type[BaseModel]] = {
-        SpecKind.card: Card,
-        SpecKind.finetune: FinetuneJob,
-        SpecKind.evaluate: EvaluateJob,
+    specs: dict[SpecKind, TypeAdapter[Any]] = {
+        SpecKind.card: TypeAdapter(SourceCard),
+        SpecKind.finetune: TypeAdapter(FinetuneJob),
+        SpecKind.evaluate: TypeAdapter(EvaluateJob),
     }
-    return models[kind]
+    return specs[kind]

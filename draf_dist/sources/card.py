@@ -1,31 +1,45 @@
 """Cards: one YAML file says what a raw export means, so that a new data set needs no code. Reference: docs/cards.md."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any, get_args
 
-from draf_dist.config.spec import load_spec
-from draf_dist.errors import SpecError, together
-from draf_dist.sources.card_checks import problems
+from pydantic import Field
+
+from draf_dist.config.spec import apply_overrides, read_yaml, validate_spec
+from draf_dist.errors import SpecError, explain
+from draf_dist.sources.card_checks import check_card
 from draf_dist.sources.card_model import Card as Card
+from draf_dist.sources.eicu.source import EicuCard
+from draf_dist.sources.hospital_export import HospitalExportCard
+
+# Every kind of source: a new one is a file of its own and a name here.
+AnyCard = HospitalExportCard | EicuCard
+SourceCard = Annotated[AnyCard, Field(discriminator="kind")]
+CARDS: dict[str, type[AnyCard]] = {card.model_fields["kind"].default: card for card in get_args(AnyCard)}
 
 
-def load_card(path: Path | str, overrides: Sequence[str] = ()) -> Card:
+def load_card(path: Path | str, overrides: Sequence[str] = ()) -> AnyCard:
     """The card in a YAML file, checked as a whole, with `dotted.key=value` overrides applied first.
+
+    A card without `kind` is one of a `hospital_export`. Its build(raw) gives the source.
 
     Raises:
         SpecError: all problems of the file together, one a line.
     """
-    card = load_spec(path, Card, overrides)
-    check_card(card, where=str(path))
+    tree = read_yaml(path)
+    apply_overrides(tree, overrides)
+    card = validate_spec(tree, _model(tree.get("kind", "hospital_export"), where=str(path)), where=str(path))
+    if isinstance(card, HospitalExportCard):
+        check_card(card, where=str(path))
     return card
 
 
-def check_card(card: Card, *, where: str) -> None:
-    """Checks what no field shows alone: names that must exist, times that must fit, units that must convert.
-
-    Raises:
-        SpecError: all problems together, one a line, each beginning with `where`.
-    """
-    found = list(problems(card))
-    if found:
-        raise SpecError(together(f"{where}: {problem}" for problem in found))
+def _model(kind: Any, *, where: str) -> type[AnyCard]:
+    """The union's own message would not say which kind is near."""
+    if isinstance(kind, str) and kind in CARDS:
+        return CARDS[kind]
+    near = difflib.get_close_matches(str(kind), CARDS, n=1)
+    remedy = f"Did you mean {near[0]!r}?" if near else "See docs/cards.md."
+    raise SpecError(explain(f"{where}: kind", expected=f"one of {', '.join(CARDS)}", found=repr(kind)[:80], remedy=remedy))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from string import Formatter
 
-from draf_dist.errors import explain
+from draf_dist.errors import SpecError, explain, together
 from draf_dist.sources import units
 from draf_dist.sources.card_model import (
     Card,
@@ -20,6 +20,17 @@ from draf_dist.sources.card_model import (
     TableModalityCard,
     VariableCard,
 )
+
+
+def check_card(card: Card, *, where: str) -> None:
+    """Checks what no field shows alone: names that must exist, times that must fit, units that must convert.
+
+    Raises:
+        SpecError: all problems together, one a line, each beginning with `where`.
+    """
+    found = list(problems(card))
+    if found:
+        raise SpecError(together(f"{where}: {problem}" for problem in found))
 
 
 def problems(card: Card) -> Iterator[str]:

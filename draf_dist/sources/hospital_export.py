@@ -11,8 +11,8 @@ from draf_dist.errors import DataError, SpecError, explain, together
 from draf_dist.schema.study import Rejection, Study
 from draf_dist.sources import records, site_column
 from draf_dist.sources.base import SourceCounts, TableCounts
-from draf_dist.sources.card import Card, check_card
-from draf_dist.sources.card_model import ImageCard, ModalityCard, SiteColumn
+from draf_dist.sources.card_checks import check_card
+from draf_dist.sources.card_model import Card, ImageCard, ModalityCard, SiteColumn
 from draf_dist.sources.images import Claims, ImageChoice, ImageError, choose_images, image_columns, load_image
 from draf_dist.sources.study_rows import StudyRows, count_rows, in_window, join_rows, read_studies, study_columns
 from draf_dist.sources.tables import NO_TIME, Table, TableFile, find_table, read_table
@@ -112,6 +112,18 @@ class HospitalExport:
             return Rejection(studies.site, studies.where(i), "no input", "no modality has anything in its window")
         anchor = studies.anchor_text[i]
         return Study(subject, studies.site, anchor, inputs, int(studies.label[i]), image_digests=digests, where=studies.where(i))
+
+
+class HospitalExportCard(Card):
+    """The card of kind `hospital_export`."""
+
+    def build(self, raw: Path) -> HospitalExport:
+        """The source that reads a raw folder by this card.
+
+        Raises:
+            SpecError: there is no such folder.
+        """
+        return HospitalExport(self, raw)
 
 
 @dataclass

@@ -2,12 +2,15 @@
 
 import csv
 import difflib
+import gzip
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -202,13 +205,22 @@ def _header(path: Path, file: str, card: TableCard) -> list[str]:
         return list(card.header)
     encoding = "utf-8-sig" if card.encoding == "utf-8" else card.encoding
     try:
-        with path.open(encoding=encoding, newline="") as lines:
+        with _opened(path, encoding) as lines:
             rows = csv.reader(lines, delimiter=card.delimiter)
             return [name.strip() for name in next((row for row in rows if row), [])]
     except UnicodeDecodeError as error:
         raise _wrong_encoding(file, card) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise _broken_archive(file) from error
     except csv.Error as error:
         raise DataError(explain(file, expected="a line of column names", found=str(error), remedy=_QUOTES)) from error
+
+
+def _opened(path: Path, encoding: str) -> TextIO:
+    """The text of a file, unpacked where its name ends in .gz (as the library that reads the rows does)."""
+    if path.suffix == ".gz":
+        return TextIOWrapper(gzip.open(path), encoding=encoding, newline="")
+    return path.open(encoding=encoding, newline="")
 
 
 _QUOTES = "Check the delimiter and the quotes (one that is opened and never closed swallows the lines behind it)."
@@ -216,6 +228,10 @@ _QUOTES = "Check the delimiter and the quotes (one that is opened and never clos
 
 def _wrong_encoding(file: str, card: TableCard) -> DataError:
     return DataError(explain(file, expected=f"{card.encoding} text", found="other bytes", remedy="Set `encoding` of the table."))
+
+
+def _broken_archive(file: str) -> DataError:
+    return DataError(explain(file, expected="a gzip file", found="a broken one", remedy="Copy or export it again."))
 
 
 def _check_columns(file: str, needed: list[str], header: list[str], card: TableCard) -> None:
@@ -271,6 +287,10 @@ def _load(found: TableFile, card: TableCard) -> tuple[pa.Table, NDArray[np.int64
     )
     try:
         table = pa_csv.read_csv(found.path, read_options=read, parse_options=parse, convert_options=convert)
+    except OSError as error:
+        if found.path.suffix != ".gz":
+            raise
+        raise _broken_archive(found.file) from error
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise _unparsable(found.file, card, str(error)) from error
     if unequal:
