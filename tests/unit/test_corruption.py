@@ -1,10 +1,9 @@
 """The corruption protocol: closed forms of the operations, the training law, and what must not depend on the batch."""
 
-from dataclasses import fields
-
 import numpy as np
 import pytest
 import torch
+from batches import same, tensors
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -80,21 +79,6 @@ def normalised(num_rows: int, *, all_present: bool = False, padding: int = 0) ->
         weight=weight,
     )
     return NORMALISER(stored)
-
-
-def tensors(value: object) -> list[Tensor]:
-    """Every tensor of a batch, in a fixed order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [tensor for name in sorted(value) for tensor in tensors(value[name])]
-    if isinstance(value, Batch | SeriesInput | ClassTarget):
-        return [tensor for field in fields(value) for tensor in tensors(getattr(value, field.name))]
-    return []
-
-
-def same(one: Batch, other: Batch) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
 def join(parts: list[Batch]) -> list[Tensor]:

@@ -4,12 +4,13 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from batches import same, tensors
 from memory_source import KEY, MemorySource
 from torch import Tensor
 
@@ -35,7 +36,7 @@ from draf_dist.data.release import Release, open_release, tar_path
 from draf_dist.data.shard_reader import Place, ShardReader, make_block_cache
 from draf_dist.data.shards import Member
 from draf_dist.errors import DataError, SpecError
-from draf_dist.schema.batch import Batch, ClassTarget, SeriesInput
+from draf_dist.schema.batch import Batch
 from draf_dist.schema.identity import uid_name
 from draf_dist.storage import LocalStore
 
@@ -59,21 +60,6 @@ def copy(release: Release, tmp_path: Path) -> Release:
 def order_of(release: Release, batch_size: int = BATCH_SIZE, seed: int = 3) -> Order:
     sizes = tuple(shard.num_samples for shard in release.shards("train"))
     return Order(shard_sizes=sizes, release=release.version, seed=seed, batch_size=batch_size, groups=8, open_samples=64)
-
-
-def tensors(value: object) -> list[Tensor]:
-    """Every tensor of a batch, in a fixed order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [tensor for name in sorted(value) for tensor in tensors(value[name])]
-    if isinstance(value, Batch | SeriesInput | ClassTarget):
-        return [tensor for field in fields(value) for tensor in tensors(getattr(value, field.name))]
-    return []
-
-
-def same(one: Batch, other: Batch) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
 def real_rows(batches: list[Batch]) -> dict[int, list[Tensor]]:
