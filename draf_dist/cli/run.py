@@ -36,8 +36,10 @@ def show(run: RunArgument, json: JsonOption = False) -> None:
         *((f"seconds: {kind.replace('_', ' ')}", f"{seconds:.1f}") for kind, seconds in sorted(summary.seconds.items())),
     ]
     console.print(table(f"{summary.name}: {summary.url}", ("", ""), rows))
-    epochs = [(e["epoch"], e["step"], f"{e['nll']:.4f}", "best" if e["step"] == summary.best_step else "") for e in summary.epochs]
-    console.print(table("validation", ("epoch", "step", "NLL, nats", ""), epochs))
+    epochs = [
+        (e["epoch"], e["step"], f"{e[summary.score]:.4f}", "best" if e["step"] == summary.best_step else "") for e in summary.epochs
+    ]
+    console.print(table("validation", ("epoch", "step", summary.score, ""), epochs))
 
 
 @app.command("report")

@@ -22,26 +22,28 @@ def train(
 
     Example: draf train jobs/finetune_synth.yaml --set release=s3://bucket/synth --out runs/first
     """
-    from draf_dist.training.finetune import RUNS, finetune
-    from draf_dist.training.job import load_job
-    from draf_dist.training.parts import pin
+    from draf_dist.data.release import open_release
+    from draf_dist.training.jobs import load_job
+    from draf_dist.training.pin import pin
+    from draf_dist.training.run import RUNS
+    from draf_dist.training.run import train as carry_out
 
     spec = load_job(job, overrides or ())
     if dry_run:
-        pinned, release = pin(spec)
+        pinned = pin(spec)
         url = out or f"{RUNS}/{pinned.run_name}"
-        num_train = release.manifest.receipts["train"].count
+        num_train = open_release(pinned.release).manifest.receipts["train"].count
         if json:
             print_json({"run": url, "release": pinned.release, "num_train": num_train})
         else:
-            console.print(f"Would train {pinned.model.kind} on {num_train} studies of {pinned.release} into {url}.", soft_wrap=True)
+            console.print(f"Would {pinned.kind} on {num_train} studies of {pinned.release} into {url}.", soft_wrap=True)
         return
-    result = finetune(spec, out, fresh=fresh, resume=resume)
+    result = carry_out(spec, out, fresh=fresh, resume=resume)
     if json:
         print_json(asdict(result))
         return
     console.print(
-        f"Finished after {result.steps} steps: best validation NLL {result.best_nll:.4f} nats at step {result.best_step}.",
+        f"Finished after {result.steps} steps: best validation {result.score} {result.best_loss:.4f} at step {result.best_step}.",
         highlight=False,
     )
     console.print(f"Run: {result.url}   Next: draf evaluate {result.url}", soft_wrap=True, highlight=False)

@@ -119,10 +119,18 @@ class Loader:
 
 
 def evaluation_batches(
-    release: Release, split: Split, batch_size: int, *, threads: int = 2, partners: Mapping[str, NDArray[np.int64]] | None = None
+    release: Release,
+    split: Split,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    threads: int = 2,
+    partners: Mapping[str, NDArray[np.int64]] | None = None,
 ) -> Iterator[Batch]:
     """Every sample of a split once, in the order they are stored, epoch 0; the last batch is short.
 
+    Of several ranks each gets its cut of every batch, the last one padded: all have the same number of batches, none is empty.
     partners: modality -> for every sample of the split the sample whose modality it gets (its own number: no change); what is
     exchanged so is flagged as corrupted with severity 1. Raises as `Loader.batches`.
     """
@@ -130,7 +138,12 @@ def evaluation_batches(
     samples = np.arange(reader.num_samples, dtype=np.int64)
     zeros = np.zeros(min(batch_size, len(samples)), dtype=np.int64)
     parts = (samples[start : start + batch_size] for start in range(0, len(samples), batch_size))
-    rows = (_Rows(step, len(part), zeros[: len(part)], zeros[: len(part)], part) for step, part in enumerate(parts))
+    whole = rank_entries(batch_size, batch_size, rank, world)
+    cuts = (part[rank_entries(len(part), batch_size, rank, world)] for part in parts)
+    rows = (
+        _Rows(step, len(part) if world == 1 else whole.stop - whole.start, zeros[: len(part)], zeros[: len(part)], part)
+        for step, part in enumerate(cuts)
+    )
     for _, batch in _in_order(rows, _Filler([reader], None, partners), threads, prefetch=2):
         yield batch
 

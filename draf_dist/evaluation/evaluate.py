@@ -119,6 +119,9 @@ def read_evaluation(store: Store) -> Evaluation | None:
 def open_subject(run_url: str, release_url: str | None) -> Subject:
     """The run's exported model and the release to meet; raises as `evaluate`."""
     run = open_run(run_url)
+    if run.job.kind != "finetune":
+        remedy = "Fine-tune with its encoder first: `pretrained` in a fine-tuning job."
+        raise SpecError(explain(run.url, expected="a run of fine-tuning", found=f"one of {run.job.kind}", remedy=remedy))
     paths = {name: f"{MODEL}/{name}" for name in REQUIRED_FILES}
     # Its description is written last: before it the export is not whole.
     if not run.store.exists(paths[DESCRIPTION]):

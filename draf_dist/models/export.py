@@ -1,22 +1,19 @@
 """The exchange form of a model: safetensors, two JSON files and a model card. Never a pickle."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import nn
 
 from draf_dist import __version__
 from draf_dist.config.spec import canonical_json, fingerprint
-from draf_dist.errors import DataError, SpecError, explain, together
+from draf_dist.errors import DataError, SpecError, explain
 from draf_dist.models.build import build_model
 from draf_dist.models.card import model_card
+from draf_dist.models.exchange import check_digest, digest, fill, require_files, unreadable, weights_of
 from draf_dist.models.fusion import FusionConfig
 from draf_dist.schema.modality import DataSchema, Record
 from draf_dist.schema.release import ReleaseStats
@@ -59,8 +56,11 @@ class ExportedModel:
 
 
 def model_files(model: nn.Module, config: FusionConfig, schema: DataSchema, stats: ReleaseStats) -> dict[str, bytes]:
-    """The files of model/ by name, for any store. The same model gives the same bytes."""
-    weights = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+    """The files of model/ by name, for any store. The same model gives the same bytes.
+
+    They are in the order in which to write them: model.json, which holds the digests of the others, comes last.
+    """
+    weights = weights_of(model)
     stats_json = canonical_json(stats)
     description = ModelDescription(
         format=1,
@@ -68,24 +68,23 @@ def model_files(model: nn.Module, config: FusionConfig, schema: DataSchema, stat
         config=config,
         data_schema=schema,
         data_schema_sha256=fingerprint(schema),
-        weights_sha256=_digest(weights),
-        stats_sha256=_digest(stats_json),
+        weights_sha256=digest(weights),
+        stats_sha256=digest(stats_json),
     )
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
         WEIGHTS: weights,
-        DESCRIPTION: json.dumps(description.model_dump(mode="json"), indent=2).encode(),
         STATS: stats_json,
         CARD: model_card(config, schema, num_parameters).encode(),
+        DESCRIPTION: json.dumps(description.model_dump(mode="json"), indent=2).encode(),
     }
 
 
 def save_model(folder: Path, model: nn.Module, config: FusionConfig, schema: DataSchema, stats: ReleaseStats) -> None:
-    """Writes model_files into a folder; model.json, which holds the digests of the others, comes last."""
+    """Writes model_files into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = model_files(model, config, schema, stats)
-    for name in sorted(files, key=lambda name: name == DESCRIPTION):
-        (folder / name).write_bytes(files[name])
+    for name, content in model_files(model, config, schema, stats).items():
+        (folder / name).write_bytes(content)
 
 
 def load_model(folder: Path) -> ExportedModel:
@@ -109,20 +108,16 @@ def read_model(files: Mapping[str, bytes], *, where: str) -> ExportedModel:
     Raises:
         DataError: a file is missing, damaged, or not what the config says.
     """
-    missing = [name for name in REQUIRED_FILES if name not in files]
-    if missing:
-        raise DataError(
-            explain(where, expected="an exported model", found=f"no {', '.join(missing)}", remedy="Copy the folder again.")
-        )
+    require_files(files, REQUIRED_FILES, where=where, what="an exported model")
     description = _description(files[DESCRIPTION], where=f"{where}/{DESCRIPTION}")
-    for name, digest in ((WEIGHTS, description.weights_sha256), (STATS, description.stats_sha256)):
-        _check_digest(files[name], digest, where=f"{where}/{name}")
+    for name, wanted in ((WEIGHTS, description.weights_sha256), (STATS, description.stats_sha256)):
+        check_digest(files[name], wanted, where=f"{where}/{name}")
     model = build_model(description.config, description.data_schema, seed=0)
-    _load_weights(model, files[WEIGHTS], where=f"{where}/{WEIGHTS}")
+    fill(model, files[WEIGHTS], where=f"{where}/{WEIGHTS}")
     try:
         stats = ReleaseStats.model_validate_json(files[STATS])
     except ValidationError as error:
-        raise _unreadable(f"{where}/{STATS}", "statistics of a release", error) from error
+        raise unreadable(f"{where}/{STATS}", "statistics of a release", error) from error
     return ExportedModel(model, description.config, description.data_schema, stats)
 
 
@@ -130,62 +125,9 @@ def _description(content: bytes, *, where: str) -> ModelDescription:
     try:
         description = ModelDescription.model_validate_json(content)
     except ValidationError as error:
-        raise _unreadable(where, f"the description of a model of draf_dist {__version__}", error) from error
+        raise unreadable(where, f"the description of a model of draf_dist {__version__}", error) from error
     if fingerprint(description.data_schema) != description.data_schema_sha256:
         raise DataError(
             explain(where, expected="a schema with its own digest", found="another", remedy="The file was edited; export again.")
         )
     return description
-
-
-def _load_weights(model: nn.Module, content: bytes, *, where: str) -> None:
-    try:
-        tensors = load_tensors(content)
-    except SafetensorError as error:
-        raise DataError(
-            explain(where, expected="a safetensors file", found=str(error), remedy="Export the model again.")
-        ) from error
-    problems = _differences(model.state_dict(), tensors, where)
-    if problems:
-        raise DataError(together(problems))
-    model.load_state_dict(tensors, strict=True)
-
-
-def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> list[str]:
-    """One line per tensor that is missing, superfluous, or of another shape or type."""
-    remedy = "model.json and the weights do not belong together."
-    problems = [
-        explain(f"{where}: {name}", expected="a tensor", found="none", remedy=remedy) for name in sorted(expected.keys() - found)
-    ]
-    problems += [
-        explain(f"{where}: {name}", expected="no such tensor", found="one", remedy=remedy)
-        for name in sorted(found.keys() - expected)
-    ]
-    for name in sorted(expected.keys() & found.keys()):
-        wanted, given = _form(expected[name]), _form(found[name])
-        if wanted != given:
-            problems.append(explain(f"{where}: {name}", expected=wanted, found=given, remedy=remedy))
-    return problems
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def _check_digest(content: bytes, digest: str, *, where: str) -> None:
-    if _digest(content) != digest:
-        found = f"{_digest(content)[:12]} ({len(content)} bytes)"
-        raise DataError(
-            explain(where, expected=f"sha256 {digest[:12]}", found=found, remedy="The file is damaged; copy or export it again.")
-        )
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _unreadable(where: str, expected: str, error: ValidationError) -> DataError:
-    found = "; ".join(
-        f"{'.'.join(str(part) for part in detail['loc']) or 'top level'}: {detail['msg']}" for detail in error.errors()[:3]
-    )
-    return DataError(explain(where, expected=expected, found=found, remedy="Export the model again with this version."))

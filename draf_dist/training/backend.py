@@ -54,6 +54,10 @@ class Backend(Protocol):
         """The sum over ranks."""
         ...
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """Rows (n, ...) of all ranks, in the order of ranks; n may differ from rank to rank and be 0."""
+        ...
+
     def start(self, module: nn.Module, config: OptimizerConfig) -> tuple[Engine, EngineFiles]:
         """An engine with fresh optimizer state, and the way to store it."""
         ...

@@ -97,6 +97,14 @@ class Checkpoints:
                     target.write_bytes(data)
             yield Path(temporary)
 
+    def state_in(self, folder: Path, step: int) -> RunState:
+        """state.json of an opened checkpoint.
+
+        Raises:
+            DataError: it can't be read.
+        """
+        return _parse(RunState, (folder / STATE).read_bytes(), self.store.where(f"{folder_of(step)}/{STATE}"))
+
     @contextmanager
     def newest(self, warn: Callable[[str], None]) -> Iterator[tuple[RunState, Path] | None]:
         """The newest checkpoint that is good, opened; None where the run has none yet. `warn` hears of every broken one.
@@ -109,7 +117,7 @@ class Checkpoints:
             for step in reversed(steps):
                 try:
                     folder = stack.enter_context(self.opened(step))
-                    state = _parse(RunState, (folder / STATE).read_bytes(), self.store.where(f"{folder_of(step)}/{STATE}"))
+                    state = self.state_in(folder, step)
                 except DataError as error:
                     warn(str(error))
                     continue

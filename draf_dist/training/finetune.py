@@ -1,250 +1,141 @@
-"""The fine-tuning stage: a release in, a run folder with the best model out; stopped at any moment, the same command continues."""
+"""The stage of fine-tuning: a fusion model on labelled studies."""
 
-import time
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
-from rich.console import Console
+import torch
+from torch import Tensor, nn
 
-from draf_dist.errors import DataError, InterruptedRunError, SpecError, explain
-from draf_dist.models.calibration import calibrate
-from draf_dist.models.export import DESCRIPTION, model_files
-from draf_dist.training.backend import Backend, EngineFiles
-from draf_dist.training.checkpoint import folder_of
-from draf_dist.training.engine import Engine
-from draf_dist.training.interrupt import Interrupt
+from draf_dist import noise
+from draf_dist.data.corruption import Corruptor
+from draf_dist.data.loader import Loader, evaluation_batches
+from draf_dist.data.normalise import Normaliser
+from draf_dist.data.order import Order
+from draf_dist.data.release import Release
+from draf_dist.errors import DataError, explain
+from draf_dist.models.build import build_model
+from draf_dist.models.calibration import calibrate, set_prevalence
+from draf_dist.models.export import model_files
+from draf_dist.objectives.fusion import FusionObjective
+from draf_dist.schema.batch import Batch
+from draf_dist.training.backend import Backend
 from draf_dist.training.job import FinetuneJob
-from draf_dist.training.journal import Journal, Line
-from draf_dist.training.ledger import FILE as LEDGER
-from draf_dist.training.ledger import Ledger
-from draf_dist.training.loop import train_steps
-from draf_dist.training.parts import Parts, build_parts, pin
-from draf_dist.training.progress import ProgressLine
-from draf_dist.training.repeatable import repeatable
-from draf_dist.training.run_folder import MODEL, Fence, RunFolder, Start, as_pinned_there, enter_run
-from draf_dist.training.schedule import EarlyStopping
-from draf_dist.training.state import RunState, TrainState
-from draf_dist.training.torch_engine import MODEL_FILE, OneProcess, load_weights
-from draf_dist.training.tracking import Tracker
-from draf_dist.training.validate import validate
-
-RUNS = "runs"
-ONE_PROCESS = OneProcess()
+from draf_dist.training.loop import StepRules
+from draf_dist.training.pretrained import start_from
+from draf_dist.training.schedule import WarmupCosine
+from draf_dist.training.stage import build_order, num_steps
+from draf_dist.training.torch_engine import load_weights
+from draf_dist.training.validate import evaluation_keys, validate
 
 
 @dataclass(frozen=True)
-class RunResult:
-    """How a run ended. best_nll: nats on validation; best_step: when; steps: all that were done."""
+class Finetuning:
+    """The pure parts of a fine-tuning run; what changes is in TrainState and the engine. job names a pinned release."""
 
-    url: str
-    best_nll: float
-    best_step: int
-    steps: int
-    finished: bool
+    job: FinetuneJob
+    release: Release
+    device: torch.device
+    model: nn.Module
+    order: Order
+    normaliser: Normaliser
+    corruptor: Corruptor
 
+    @cached_property
+    def objective(self) -> FusionObjective:
+        """What a step minimises."""
+        return self.job.objective.build()
 
-@dataclass(frozen=True)
-class Attempt:
-    """What one attempt at a run works with."""
+    def loader(self, backend: Backend) -> Loader:
+        """The training batches of this rank."""
+        hook = self.corruptor.decode_hook()
+        return Loader(self.release, "train", self.order, rank=backend.rank, world=backend.world, decode=hook)
 
-    folder: RunFolder
-    parts: Parts
-    backend: Backend
-    engine: Engine
-    files: EngineFiles
-    state: TrainState
-    fence: Fence
-    ledger: Ledger
-    tracker: Tracker
-    progress: ProgressLine
-    interrupt: Interrupt
+    def rules(self, backend: Backend) -> StepRules:
+        """How a training step treats a batch."""
+        job = self.job
+        return StepRules(
+            prepare=lambda batch: self.corruptor.train(self.labelled(self.prepared(batch))),
+            keys=lambda batch: noise.sample_keys(job.seed, "mc", batch.epoch, batch.uid, job.passes_train),
+            learning_rate=WarmupCosine(job.optimizer.learning_rate, num_steps(self), job.optimizer.warmup_fraction),
+            reduce=backend.reduce,
+            accumulation=backend.accumulation,
+        )
 
+    def validate(self, module: nn.Module, backend: Backend) -> dict[str, float]:
+        """Sets what the model learns from validation besides its loss, then measures there."""
+        calibrate(module, self.calibration(backend))
+        return validate(module, self.validation(backend), self.prepared, self.job.passes_eval, backend.gather)
 
-def finetune(
-    job: FinetuneJob,
-    out: str | None = None,
-    *,
-    fresh: bool = False,
-    resume: bool = False,
-    console: Console | None = None,
-    backend: Backend = ONE_PROCESS,
-) -> RunResult:
-    """Trains until the job's last epoch or until validation stops getting better, and exports the best model.
+    def export(self, weights: Path) -> dict[str, bytes]:
+        """The exchange form of the model."""
+        model = new_model(self.job, self.release)
+        load_weights(model, weights)
+        return model_files(model, self.job.model, self.release.schema, self.release.stats)
 
-    out: URL of the run folder, runs/<job>-<8 hex> if None. A run that exists is continued, a finished one is reported as it is.
-    fresh: removes it first. resume: it must exist. backend: where it computes.
+    def prepared(self, batch: Batch) -> Batch:
+        """A batch as loaded, on the device and normalised."""
+        return self.normaliser(batch.to(self.device))
 
-    Raises:
-        SpecError: no such release; the folder holds another run; both fresh and resume; resume and no run.
-        InterruptedRunError: SIGINT or SIGTERM came; a checkpoint was written.
-        DataError: a broken shard; checkpoints that are all broken.
-        GateError: a later attempt has taken the run over.
-    """
-    began = time.perf_counter()
-    console = console or Console(stderr=True)
-    start = _start(fresh=fresh, resume=resume)
-    pinned, release = pin(job if out is None or start == "fresh" else as_pinned_there(job, out))
-    folder = enter_run(out or f"{RUNS}/{pinned.run_name}", pinned, start)
-    ended = folder.end()
-    if ended is not None:
-        return _result(folder, ended)
-    with repeatable(backend.threads, backend.device), Interrupt() as interrupt, ExitStack() as stack:
-        parts = build_parts(pinned, release, backend.device)
-        engine, files = backend.start(parts.model, pinned.optimizer)
-        fence = Fence.take(folder.store)
-        state = _restore(folder, files, console)
-        ledger = _open_ledger(folder, state.step, backend)
-        stack.callback(ledger.journal.close)
-        tracker = stack.enter_context(Tracker(folder.store, state.step))
-        progress = ProgressLine(console, num_steps=parts.num_steps, steps_per_epoch=parts.order.steps_per_epoch, start=state.step)
-        stack.enter_context(progress)
-        ledger.spend("startup", time.perf_counter() - began)
-        attempt = Attempt(folder, parts, backend, engine, files, state, fence, ledger, tracker, progress, interrupt)
-        _train(attempt)
-        return _finish(attempt)
+    def labelled(self, batch: Batch) -> Batch:
+        """The batch with the labels that `label_fraction` lets it have; what is hidden reads 0."""
+        if self.job.label_fraction == 1:
+            return batch
+        observed = batch.target.observed & has_label(self.job, batch.uid)
+        return replace(batch, target=replace(batch.target, label=torch.where(observed, batch.target.label, 0), observed=observed))
+
+    def validation(self, backend: Backend) -> Iterator[Batch]:
+        """This rank's part of the validation split, as loaded."""
+        return evaluation_batches(self.release, "val", self.job.batch_size, rank=backend.rank, world=backend.world)
+
+    def calibration(self, backend: Backend) -> Iterator[tuple[Batch, Tensor]]:
+        """The same, prepared, with evaluation keys."""
+        for batch in self.validation(backend):
+            prepared = self.prepared(batch)
+            yield prepared, evaluation_keys(prepared, self.job.passes_eval)
 
 
-def _start(*, fresh: bool, resume: bool) -> Start:
-    if fresh and resume:
-        raise SpecError(explain("--fresh --resume", expected="one of them", found="both", remedy="Leave one out."))
-    return "fresh" if fresh else "resume" if resume else "continue"
-
-
-def _restore(folder: RunFolder, files: EngineFiles, console: Console) -> TrainState:
-    """The state of the newest good checkpoint, loaded into the engine; the beginning where there is none.
-
-    Raises:
-        DataError: no checkpoint is good, or it is one of another job.
-    """
-
-    def warn(message: str) -> None:
-        console.print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)
-
-    checkpoints = folder.checkpoints
-    with checkpoints.newest(warn) as found:
-        if found is None:
-            checkpoints.discard_past(0)
-            return TrainState(0, EarlyStopping(patience=folder.job.patience))
-        stored, path = found
-        if stored.job_sha256 != folder.job.sha256:
-            where = folder.store.where(folder_of(stored.order.step))
-            remedy = "Start anew with --fresh."
-            raise DataError(explain(where, expected="a checkpoint of this job", found="another job's", remedy=remedy))
-        files.load(path)
-        checkpoints.discard_past(stored.order.step)
-        return TrainState(stored.order.step, stored.stopping)
-
-
-def _open_ledger(folder: RunFolder, start: int, backend: Backend) -> Ledger:
-    journal = Journal(folder.store, LEDGER)
-    number = 1 + sum(line["event"] == "attempt" for line in journal.lines)
-    ledger = Ledger(journal, number, start, backend.world, backend.threads)
-    ledger.open()
-    return ledger
-
-
-def _train(attempt: Attempt) -> None:
-    """Steps, with validation after every epoch and checkpoints, until the run is over.
-
-    Raises:
-        InterruptedRunError: a signal came.
-    """
-    parts, state = attempt.parts, attempt.state
-    if _is_over(attempt):
-        return
-    batches = parts.loader(attempt.backend).batches(state.step, parts.num_steps)
-    losses: list[float] = []
-    with ExitStack() as stack:
-        # A loader that is closed ends its threads at once.
-        stack.callback(batches.close)
-        for report in train_steps(state, attempt.engine, batches, parts.objective, parts.rules(attempt.backend)):
-            attempt.ledger.consume(report)
-            attempt.tracker.step(report)
-            attempt.progress.step(report)
-            losses.append(report.loss)
-            epoch, within = divmod(state.step, parts.order.steps_per_epoch)
-            if within == 0:
-                _validate(attempt, epoch, sum(losses) / len(losses))
-                losses.clear()
-            if within == 0 or state.step % parts.job.checkpoint.every_steps == 0 or attempt.interrupt.requested:
-                _commit(attempt)
-            if _is_over(attempt):
-                return
-            if attempt.interrupt.requested:
-                raise _interrupted(attempt)
-
-
-def _is_over(attempt: Attempt) -> bool:
-    return attempt.state.step >= attempt.parts.num_steps or attempt.state.stopping.exhausted
-
-
-def _validate(attempt: Attempt, epoch: int, loss: float) -> None:
-    """Measures on validation; `loss` is the mean over the epoch's steps (of this attempt)."""
-    began = time.perf_counter()
-    parts, state = attempt.parts, attempt.state
-    calibrate(attempt.engine.module, parts.calibration())
-    numbers = validate(attempt.engine.module, parts.validation(), parts.prepared, parts.job.passes_eval)
-    state.stopping = state.stopping.after(numbers["nll"], state.step)
-    attempt.tracker.epoch(epoch, state.step, numbers)
-    attempt.progress.epoch(epoch, loss, numbers, best=state.stopping.best_step == state.step)
-    attempt.ledger.spend("validate", time.perf_counter() - began)
-
-
-def _commit(attempt: Attempt) -> None:
-    """Makes everything so far durable: books first, the checkpoint's manifest last."""
-    began = time.perf_counter()
-    state, checkpoints = attempt.state, attempt.folder.checkpoints
-    attempt.fence.check()
-    attempt.tracker.flush()
-    attempt.ledger.commit(state.step)
-    stored = RunState(
-        order=attempt.parts.order_state.model_copy(update={"step": state.step}),
-        stopping=state.stopping,
-        job_sha256=attempt.parts.job.sha256,
-        attempt=attempt.ledger.attempt,
-        world=attempt.backend.world,
+def build_finetuning(job: FinetuneJob, release: Release, device: torch.device) -> Finetuning:
+    """Everything a run needs, with the parameters that the seed and the pre-trained encoders give."""
+    normaliser = Normaliser(release.schema, release.stats)
+    model = new_model(job, release)
+    start_from(model, job.pretrained, release.schema, job.model.encoders, job.model.width)
+    return Finetuning(
+        job=job,
+        release=release,
+        device=device,
+        model=model,
+        order=build_order(job, release),
+        normaliser=normaliser,
+        corruptor=Corruptor(job.corruption, normaliser, seed=job.seed),
     )
-    checkpoints.commit(stored, attempt.files.save, guard=attempt.fence.check)
-    checkpoints.prune(state.stopping.best_step)
-    attempt.ledger.spend("checkpoint", time.perf_counter() - began)
 
 
-def _interrupted(attempt: Attempt) -> InterruptedRunError:
-    best = attempt.state.stopping
-    attempt.ledger.close("interrupted", best_nll=best.best_nll, best_step=best.best_step)
-    found = f"{attempt.interrupt.requested} after step {attempt.state.step} of {attempt.parts.num_steps}"
-    remedy = "A checkpoint was written: the same command continues."
-    return InterruptedRunError(explain(attempt.folder.url, expected="to finish", found=found, remedy=remedy))
+def new_model(job: FinetuneJob, release: Release) -> nn.Module:
+    """The model with the parameters that the seed gives."""
+    model = build_model(job.model, release.schema, job.seed)
+    set_prevalence(model, class_counts(job, release))
+    return model
 
 
-def _finish(attempt: Attempt) -> RunResult:
-    """Exports the weights of the best validation; the run is finished once the ledger says so."""
-    began = time.perf_counter()
-    parts, store, best = attempt.parts, attempt.folder.store, attempt.state.stopping
-    assert best.best_step is not None
-    attempt.fence.check()
-    _load_best(attempt, best.best_step)
-    exported = model_files(parts.model, parts.job.model, parts.release.schema, parts.release.stats)
-    for name in sorted(exported, key=lambda name: name == DESCRIPTION):
-        store.write(f"{MODEL}/{name}", exported[name])
-    attempt.ledger.spend("checkpoint", time.perf_counter() - began)
-    attempt.ledger.close("finished", best_nll=best.best_nll, best_step=best.best_step)
-    ended = attempt.folder.end()
-    assert ended is not None
-    return _result(attempt.folder, ended)
+def has_label(job: FinetuneJob, uid: Tensor) -> Tensor:
+    """Which studies, uid int64 (B,), keep their label: bool (B,). A larger fraction keeps all that a smaller one keeps."""
+    return noise.uniform(noise.chain(job.seed, "label_fraction", uid), ()) < job.label_fraction
 
 
-def _load_best(attempt: Attempt, step: int) -> None:
-    try:
-        with attempt.folder.checkpoints.opened(step) as files:
-            load_weights(attempt.parts.model, files / MODEL_FILE)
-    except DataError as error:
-        # Nothing can bring them back but training again, so no later call of the same command would get further.
-        remedy = "Start anew with --fresh: the same job gives the same weights."
-        where = attempt.folder.store.where(folder_of(step))
-        found = f"a broken checkpoint ({error})"
-        raise DataError(explain(where, expected="the weights of the best validation", found=found, remedy=remedy)) from error
+def class_counts(job: FinetuneJob, release: Release) -> Tensor:
+    """Studies of every class among the labels that training may use: int64 (K,).
 
-
-def _result(folder: RunFolder, ended: Line) -> RunResult:
-    return RunResult(folder.url, ended["best_nll"], ended["best_step"], ended["steps"], finished=True)
+    Raises:
+        DataError: the subjects table names a class that the schema does not have.
+    """
+    table = release.subjects()
+    train = [row for row, split in enumerate(table["split"].to_pylist()) if split == "train"]
+    labels, classes = table["label"].to_pylist(), release.schema.label.classes
+    if strange := sorted({labels[row] for row in train} - set(classes)):
+        found = f"{len(strange)} others"
+        raise DataError(explain("subjects.parquet: label", expected=", ".join(classes), found=found, remedy="Prepare again."))
+    uid = torch.tensor([table["uid"][row].as_py() for row in train], dtype=torch.int64)
+    used = [labels[row] for row, kept in zip(train, has_label(job, uid).tolist(), strict=True) if kept]
+    return torch.tensor([used.count(name) for name in classes])

@@ -1,25 +1,16 @@
-"""The spec of a fine-tuning job, and its resolved form as a run stores it."""
+"""The specs of training jobs: what all of them have, and fine-tuning."""
 
-import platform
-import subprocess
-from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-import draf_dist
-from draf_dist.config.spec import Spec, apply_overrides, fingerprint, parse_yaml, read_yaml, validate_spec
+from draf_dist.config.spec import Spec, fingerprint
 from draf_dist.data.corruption import TrainingCorruption
 from draf_dist.errors import SpecError, explain
 from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.objectives.fusion import FusionObjectiveConfig
-
-RESOLVED = "resolved"
-LIBRARIES = ("torch", "numpy", "safetensors", "pyarrow", "pydantic")
 
 
 class OptimizerConfig(Spec):
@@ -38,20 +29,16 @@ class CheckpointConfig(Spec):
     keep: int = Field(2, ge=1)
 
 
-class FinetuneJob(Spec):
-    """What to train on what; where it runs and where it is written are no part of it.
+class TrainJob(Spec):
+    """What every training job has; where it runs and where it is written are no part of it.
 
-    release: URL, or URL@version; a run pins the version. groups, open_samples: see docs/order.md. patience: epochs without a better
-    validation NLL after which training stops. passes_train, passes_eval: Monte-Carlo passes per step and per validation.
+    release: URL, or URL@version; a run pins the version. groups, open_samples: see docs/order.md. patience: epochs without a lower
+    validation score after which training stops.
     """
 
-    kind: Literal["finetune"] = "finetune"
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     release: str
     seed: int = Field(0, ge=0)
-    model: FusionConfig = DrafConfig()
-    objective: FusionObjectiveConfig = FusionObjectiveConfig()
-    corruption: TrainingCorruption = TrainingCorruption()
     batch_size: int = Field(64, ge=1)
     groups: int = Field(64, ge=1)
     open_samples: int = Field(65_536, ge=1)
@@ -59,17 +46,16 @@ class FinetuneJob(Spec):
     patience: int = Field(10, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    passes_train: int = Field(4, ge=1)
-    passes_eval: int = Field(30, ge=1)
 
     @field_validator("release")
     @classmethod
-    def _no_secret(cls, release: str) -> str:
-        if "@" in urlsplit(release).netloc:
-            # Not a ValueError: pydantic's own message would repeat the value.
-            remedy = "Put them into the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY."
-            raise SpecError(explain("release", expected="a URL without credentials", found="one with", remedy=remedy))
-        return release
+    def _release_without_secret(cls, release: str) -> str:
+        return without_secret("release", release)
+
+    @property
+    def score(self) -> str:
+        """The number of a validation that is to fall."""
+        return "loss"
 
     @property
     def sha256(self) -> str:
@@ -82,45 +68,41 @@ class FinetuneJob(Spec):
         return f"{self.name}-{self.sha256[:8]}"
 
 
-def load_job(path: Path | str, overrides: Sequence[str] = ()) -> FinetuneJob:
-    """The job in a YAML file, one that a run stored included.
+class FinetuneJob(TrainJob):
+    """A fusion model on labelled studies.
+
+    pretrained: modality -> URL of a finished pre-training run, whose encoder it starts from; a run pins the encoder's sha256.
+    label_fraction: share of the training studies whose label is used; a larger share holds all of a smaller one. passes_train,
+    passes_eval: Monte-Carlo passes per step and per validation.
+    """
+
+    kind: Literal["finetune"] = "finetune"
+    model: FusionConfig = DrafConfig()
+    objective: FusionObjectiveConfig = FusionObjectiveConfig()
+    pretrained: dict[str, str] = {}
+    label_fraction: float = Field(1.0, gt=0, le=1)
+    corruption: TrainingCorruption = TrainingCorruption()
+    passes_train: int = Field(4, ge=1)
+    passes_eval: int = Field(30, ge=1)
+
+    @field_validator("pretrained")
+    @classmethod
+    def _encoders_without_secret(cls, pretrained: dict[str, str]) -> dict[str, str]:
+        return {modality: without_secret(f"pretrained.{modality}", url) for modality, url in pretrained.items()}
+
+    @property
+    def score(self) -> str:
+        """The NLL of validation, in nats."""
+        return "nll"
+
+
+def without_secret(key: str, url: str) -> str:
+    """The URL, if it holds no credentials.
 
     Raises:
-        SpecError: one line for every problem.
+        SpecError: it does. Not a ValueError: pydantic's own message would repeat the value.
     """
-    tree = read_yaml(path)
-    tree.pop(RESOLVED, None)
-    apply_overrides(tree, overrides)
-    return validate_spec(tree, FinetuneJob, where=str(path))
-
-
-def parse_job(text: str, *, where: str) -> FinetuneJob:
-    """The job in a run's job.yaml."""
-    tree = parse_yaml(text, where=where)
-    tree.pop(RESOLVED, None)
-    return validate_spec(tree, FinetuneJob, where=where)
-
-
-def resolved(job: FinetuneJob) -> dict[str, Any]:
-    """The job with every default filled in, and under `resolved` what it was made with."""
-    _, _, pinned = job.release.rpartition("@")
-    about = {
-        "job_sha256": job.sha256,
-        "release_version": pinned,
-        "draf_dist": draf_dist.__version__,
-        "git_commit": git_commit(),
-        "python": platform.python_version(),
-        "libraries": {name: version(name) for name in LIBRARIES},
-    }
-    return {**job.model_dump(mode="json"), RESOLVED: about}
-
-
-def git_commit() -> str | None:
-    """The commit of the code that runs, `-dirty` where files differ from it; None outside a git work tree."""
-    folder = Path(draf_dist.__file__).parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    if "@" in urlsplit(url).netloc:
+        remedy = "Put them into the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY."
+        raise SpecError(explain(key, expected="a URL without credentials", found="one with", remedy=remedy))
+    return url

@@ -3,7 +3,7 @@
 Lines, by `event`:
   attempt   attempt, start (steps done when it began), world, threads, time (seconds since 1970)
   commit    attempt, start, stop (steps [start, stop)), world, receipts {source epoch: {count, uid_sum}}, seconds {kind: s}, time
-  end       attempt, outcome (finished | interrupted), steps, best_nll, best_step, seconds, time
+  end       attempt, outcome (finished | interrupted), steps, best_loss (of validation), best_step, seconds, time
 A commit is written just before its checkpoint, so a kill between the two leaves a commit that no checkpoint backs. The attempt
 that follows says where it really began, and whatever was consumed past that point is consumed again: such commits do not count.
 """
@@ -13,15 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
-from draf_dist.data.receipts import add_receipts, receipt
+from draf_dist.data.receipts import add_receipts
 from draf_dist.schema.release import Receipt
 from draf_dist.training.journal import Journal, Line
-from draf_dist.training.loop import StepReport
 
 FILE = "ledger.jsonl"
 Kind = Literal["startup", "data_wait", "step", "validate", "checkpoint", "idle"]
+Outcome = Literal["finished", "interrupted"]
 NOTHING = Receipt(count=0, uid_sum="0" * 16)
 
 
@@ -57,20 +55,20 @@ def seconds_by_kind(lines: Iterable[Line]) -> dict[str, float]:
 
 @dataclass
 class Ledger:
-    """Keeps the books of one attempt."""
+    """Keeps the books of one attempt. began: when, by time.perf_counter()."""
 
     journal: Journal
     attempt: int
     start: int
     world: int
     threads: int
-    _receipts: dict[int, Receipt] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
     _seconds: dict[str, float] = field(default_factory=dict)
-    _since: float = field(default_factory=time.perf_counter)
     _position: int = 0
 
     def open(self) -> None:
         """Writes that the attempt began."""
+        self._since = self.began
         self._position = self.start
         self._write("attempt", start=self.start, world=self.world, threads=self.threads)
 
@@ -78,24 +76,15 @@ class Ledger:
         """Books wall time."""
         self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
 
-    def consume(self, report: StepReport) -> None:
-        """Books one step."""
-        self.spend("data_wait", report.wait_s)
-        self.spend("step", report.compute_s)
-        for epoch in sorted(set(report.epochs.tolist())):
-            part = receipt(report.uids[report.epochs == epoch].numpy().astype(np.int64))
-            self._receipts[epoch] = add_receipts(self._receipts.get(epoch, NOTHING), part)
-
-    def commit(self, stop: int) -> None:
-        """Writes what was consumed since the last commit, [position, stop)."""
-        receipts = {str(epoch): part.model_dump() for epoch, part in sorted(self._receipts.items())}
+    def commit(self, stop: int, consumed: dict[int, Receipt]) -> None:
+        """Writes what was consumed since the last commit, [position, stop): a receipt by source epoch, over all ranks."""
+        receipts = {str(epoch): part.model_dump() for epoch, part in sorted(consumed.items())}
         self._write("commit", start=self._position, stop=stop, world=self.world, receipts=receipts, seconds=self._settle())
-        self._receipts = {}
         self._position = stop
 
-    def close(self, outcome: Literal["finished", "interrupted"], *, best_nll: float | None, best_step: int | None) -> None:
+    def close(self, outcome: Outcome, *, best_loss: float | None, best_step: int | None) -> None:
         """Writes how the attempt ended."""
-        self._write("end", outcome=outcome, steps=self._position, best_nll=best_nll, best_step=best_step, seconds=self._settle())
+        self._write("end", outcome=outcome, steps=self._position, best_loss=best_loss, best_step=best_step, seconds=self._settle())
 
     def _settle(self) -> dict[str, float]:
         """Seconds by kind since the last call; what nobody booked was idle."""

@@ -2,18 +2,47 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from draf_dist.errors import DrafError, explain
+from draf_dist.losses.gather import Embeddings
 from draf_dist.schema.batch import Batch, Term
 from draf_dist.training.engine import Engine
 from draf_dist.training.state import TrainState
 
-Objective = Callable[[nn.Module, Batch, Tensor], dict[str, Term]]
+# A batch with its noise keys (S, B).
+Part = tuple[Batch, Tensor]
+
+
+class Objective(Protocol):
+    """What a step minimises: terms that are sums over rows, by name."""
+
+    def __call__(self, model: nn.Module, batch: Batch, keys: Tensor, /) -> dict[str, Term]:
+        """The terms of a prepared batch with keys (S, B)."""
+        ...
+
+
+@runtime_checkable
+class CoupledObjective(Protocol):
+    """What a step minimises where some terms look at all rows of the global batch together.
+
+    Such a term is no sum over micro-batches: the rows of one would be no negatives of those of another, and its gradient would
+    be off by half (tests/parity/test_contrastive.py). The loop therefore gives `couple` all rows at once.
+    """
+
+    def embed(self, model: nn.Module, batch: Batch, keys: Tensor) -> tuple[Embeddings, dict[str, Term]]:
+        """What the coupled terms look at, and the terms that are sums over rows."""
+        ...
+
+    def couple(self, rows: Embeddings) -> dict[str, Term]:
+        """The coupled terms of all rows of this rank. A collective: every rank calls it once per step."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +82,11 @@ class StepRules:
 
 
 def train_steps(
-    state: TrainState, engine: Engine, batches: Iterable[tuple[int, Batch]], objective: Objective, rules: StepRules
+    state: TrainState,
+    engine: Engine,
+    batches: Iterable[tuple[int, Batch]],
+    objective: Objective | CoupledObjective,
+    rules: StepRules,
 ) -> Iterator[StepReport]:
     """One optimizer step per batch, one report per step; `state.step` moves on with each.
 
@@ -104,38 +137,119 @@ def micro_batches(batch: Batch, num: int) -> Iterator[Batch]:
         yield batch.rows(batch.num_rows * part // num, batch.num_rows * (part + 1) // num)
 
 
-def _accumulate(engine: Engine, batch: Batch, objective: Objective, rules: StepRules) -> tuple[dict[str, float], float]:
+def _accumulate(
+    engine: Engine, batch: Batch, objective: Objective | CoupledObjective, rules: StepRules
+) -> tuple[dict[str, float], float]:
     """Backward over all micro-batches; the global mean of every term, and the loss."""
     parts = [(part, rules.keys(part)) for part in micro_batches(batch, rules.accumulation)]
-    weights = None
-    if len(parts) > 1:
-        # A term's weight is known only once it is computed, yet the first backward needs the sum over all micro-batches. Noise
-        # has no state, so a first pass without gradients finds the weights of the second; in eval mode: running means move once.
-        engine.module.eval()
-        with torch.no_grad():
-            weights = _global_weights([objective(engine.module, part, keys) for part, keys in parts], rules)
-        engine.module.train()
-    numerators: dict[str, float] = {}
-    scales: dict[str, float] = {}
-    for part, keys in parts:
-        terms = objective(engine.module, part, keys)
-        weights = _global_weights([terms], rules) if weights is None else weights
-        engine.backward(
-            torch.stack([term.numerator * (term.scale * _inverse(weights[name])) for name, term in terms.items()]).sum()
-        )
-        summed = rules.reduce(torch.stack([term.numerator.detach() for term in terms.values()])).tolist()
-        for (name, term), value in zip(terms.items(), summed, strict=True):
-            numerators[name] = numerators.get(name, 0.0) + value
-            scales[name] = term.scale
-    assert weights is not None
-    means = {name: value * _inverse(weights[name]) for name, value in numerators.items()}
+    if isinstance(objective, CoupledObjective):
+        seen, weights = _accumulate_coupled(engine, parts, objective, rules)
+    else:
+        seen, weights = _accumulate_rows(engine, parts, objective, rules)
+    numerators = _summed(seen, lambda term: term.numerator, rules)
+    means = {name: numerators[name] * _inverse(weights[name]) for name in numerators}
+    scales = {name: term.scale for terms in seen for name, term in terms.items()}
     return means, sum(scales[name] * mean for name, mean in means.items())
 
 
-def _global_weights(parts: list[dict[str, Term]], rules: StepRules) -> dict[str, float]:
-    """The weight of every term, summed over micro-batches and ranks."""
-    local = torch.stack([torch.stack([terms[name].weight.detach() for terms in parts]).sum() for name in parts[0]])
-    return dict(zip(parts[0], rules.reduce(local).tolist(), strict=True))
+def _accumulate_rows(
+    engine: Engine, parts: Sequence[Part], objective: Objective, rules: StepRules
+) -> tuple[list[dict[str, Term]], dict[str, float]]:
+    """Backward over terms that are sums over rows; the terms of all parts, and their global weights."""
+    weights = None
+    if len(parts) > 1:
+        # A term's weight is known only once it is computed, yet the first backward needs the sum over all micro-batches.
+        with _first_look(engine.module):
+            weights = _weights([objective(engine.module, part, keys) for part, keys in parts], rules)
+    seen = []
+    for part, keys in parts:
+        terms = objective(engine.module, part, keys)
+        weights = _weights([terms], rules) if weights is None else weights
+        engine.backward(_loss(terms, weights))
+        seen.append(_detached(terms))
+    assert weights is not None
+    return seen, weights
+
+
+def _accumulate_coupled(
+    engine: Engine, parts: Sequence[Part], objective: CoupledObjective, rules: StepRules
+) -> tuple[list[dict[str, Term]], dict[str, float]]:
+    """Backward by gradient caching (Gao et al. 2021): the gradient with respect to all embeddings first, then part by part.
+
+    d loss / d parameters = sum over rows of (d embedding / d parameters) (d loss / d embedding), and the last factor is known
+    once all embeddings are, without any graph behind them. With one part its own graph serves; no forward is repeated.
+    """
+    # Lazily: the graph of one micro-batch is gone before the next is made.
+    forward = (objective.embed(engine.module, part, keys) for part, keys in parts)
+    if len(parts) > 1:
+        with _first_look(engine.module):
+            first = [objective.embed(engine.module, part, keys) for part, keys in parts]
+    else:
+        first = [next(forward)]
+        forward = (found for found in first)
+    leaves = _leaves([rows for rows, _ in first])
+    coupled = objective.couple(leaves)
+    weights = _weights([coupled, *(terms for _, terms in first)], rules)
+    # Outside of engine.backward, so that the collectives of this gradient never meet those of the engine.
+    wanted = torch.stack(torch.autograd.grad(_loss(coupled, weights), (leaves.first, leaves.second)))
+    gradients = torch.split(wanted, [part.num_rows for part, _ in parts], dim=1)
+    seen = [_detached(coupled)]
+    for (rows, terms), gradient in zip(forward, gradients, strict=True):
+        engine.backward(_loss(terms, weights) + _carried(rows, gradient))
+        seen.append(_detached(terms))
+    return seen, weights
+
+
+@contextmanager
+def _first_look(module: nn.Module) -> Iterator[None]:
+    """A forward whose result only prepares another one: no gradients, and running means move once.
+
+    The second forward gives the same, because noise has no state and no layer of ours depends on the mode.
+    """
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train()
+
+
+def _leaves(parts: Sequence[Embeddings]) -> Embeddings:
+    """All rows of this rank, with nothing behind them and ready to collect a gradient."""
+    first, second = (torch.cat([getattr(rows, view).detach() for rows in parts]).requires_grad_() for view in ("first", "second"))
+    return Embeddings(first, second, torch.cat([rows.uid for rows in parts]), torch.cat([rows.valid for rows in parts]))
+
+
+def _carried(rows: Embeddings, gradient: Tensor) -> Tensor:
+    """A scalar whose gradient is (d rows / d parameters) gradient, for the gradient (2, N, Z) of both views."""
+    # Not a plain product: what a row holds that is not valid may be NaN.
+    views = torch.where(rows.valid[:, None], torch.stack([rows.first, rows.second]), 0.0)
+    return (views * gradient).sum()
+
+
+def _loss(terms: dict[str, Term], weights: dict[str, float]) -> Tensor:
+    """What the rows of these terms contribute to the loss of the global batch."""
+    return torch.stack([term.numerator * (term.scale * _inverse(weights[name])) for name, term in terms.items()]).sum()
+
+
+def _weights(parts: Sequence[dict[str, Term]], rules: StepRules) -> dict[str, float]:
+    """The global weight of every term."""
+    return _summed(parts, lambda term: term.weight, rules)
+
+
+def _summed(parts: Sequence[dict[str, Term]], of: Callable[[Term], Tensor], rules: StepRules) -> dict[str, float]:
+    """A number of every term, summed over parts and ranks. A collective."""
+    local: dict[str, Tensor] = {}
+    for terms in parts:
+        for name, term in terms.items():
+            # In f64, so that how a batch was cut does not show.
+            value = of(term).detach().double()
+            local[name] = local[name] + value if name in local else value
+    return dict(zip(local, rules.reduce(torch.stack(list(local.values()))).tolist(), strict=True))
+
+
+def _detached(terms: dict[str, Term]) -> dict[str, Term]:
+    return {name: Term(term.numerator.detach(), term.weight.detach(), term.scale) for name, term in terms.items()}
 
 
 def _inverse(weight: float) -> float:

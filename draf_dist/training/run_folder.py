@@ -11,7 +11,7 @@ from draf_dist.errors import GateError, SpecError, explain
 from draf_dist.storage import Store, open_store
 from draf_dist.training.checkpoint import FOLDER as CHECKPOINTS
 from draf_dist.training.checkpoint import MANIFEST, Checkpoints
-from draf_dist.training.job import FinetuneJob, parse_job, resolved
+from draf_dist.training.jobs import AnyJob, parse_job, resolved
 from draf_dist.training.journal import Line, read_lines
 from draf_dist.training.ledger import FILE as LEDGER
 from draf_dist.training.tracking import METRICS, TENSORBOARD
@@ -30,7 +30,7 @@ class RunFolder:
     """A run that exists: its job, with the release pinned, and its books."""
 
     store: Store
-    job: FinetuneJob
+    job: AnyJob
 
     @property
     def url(self) -> str:
@@ -93,7 +93,7 @@ def open_run(url: str) -> RunFolder:
     return RunFolder(store, parse_job(store.read(JOB).decode(), where=store.where(JOB)))
 
 
-def as_pinned_there(job: FinetuneJob, url: str) -> FinetuneJob:
+def as_pinned_there(job: AnyJob, url: str) -> AnyJob:
     """The job with the version that the run at a URL has pinned, where the job names none.
 
     So the same command continues a run, or prints its result, although a delivery has come since.
@@ -105,7 +105,7 @@ def as_pinned_there(job: FinetuneJob, url: str) -> FinetuneJob:
     return job.model_copy(update={"release": there}) if same else job
 
 
-def enter_run(url: str, job: FinetuneJob, start: Start) -> RunFolder:
+def enter_run(url: str, job: AnyJob, start: Start) -> RunFolder:
     """The folder of a job whose release is pinned, made or found.
 
     Raises:
@@ -155,7 +155,7 @@ def _check_only_a_run(store: Store, paths: list[str]) -> None:
         raise SpecError(explain(store.url, expected="a run folder", found=found, remedy="Choose another --out."))
 
 
-def _write_job(store: Store, job: FinetuneJob) -> None:
+def _write_job(store: Store, job: AnyJob) -> None:
     text = io.StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
@@ -163,7 +163,7 @@ def _write_job(store: Store, job: FinetuneJob) -> None:
     store.write(JOB, text.getvalue().encode())
 
 
-def _another_job(store: Store, there: FinetuneJob, here: FinetuneJob) -> SpecError:
+def _another_job(store: Store, there: AnyJob, here: AnyJob) -> SpecError:
     before, after = there.model_dump(mode="json"), here.model_dump(mode="json")
     differing = ", ".join(key for key in after if before.get(key) != after[key])
     remedy = "Choose another --out, or --fresh to replace it."

@@ -28,20 +28,20 @@ class WarmupCosine:
 
 
 class EarlyStopping(Record):
-    """The best validation NLL so far (nats; lower is better) and for how many epochs nothing has beaten it.
+    """The lowest loss of validation so far and for how many epochs nothing has beaten it.
 
-    best_nll and best_step are None before the first validation; best_step is the number of optimizer steps done by then.
+    best_loss and best_step are None before the first validation; best_step is the number of optimizer steps done by then.
     """
 
     patience: int
-    best_nll: float | None = None
+    best_loss: float | None = None
     best_step: int | None = None
     stale_epochs: int = 0
 
-    def after(self, nll: float, step: int) -> "EarlyStopping":
+    def after(self, loss: float, step: int) -> "EarlyStopping":
         """The state after a validation. A NaN is never better than a number."""
-        if not math.isnan(nll) and (self.best_nll is None or nll < self.best_nll):
-            return EarlyStopping(patience=self.patience, best_nll=nll, best_step=step)
+        if not math.isnan(loss) and (self.best_loss is None or loss < self.best_loss):
+            return EarlyStopping(patience=self.patience, best_loss=loss, best_step=step)
         return self.model_copy(update={"stale_epochs": self.stale_epochs + 1})
 
     @property

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from draf_dist.data.order import Order
 from draf_dist.schema.modality import Record
 from draf_dist.training.schedule import EarlyStopping
 
@@ -18,6 +19,18 @@ class OrderState(Record):
     open_samples: int
     batch_size: int
     step: int = Field(ge=0)
+
+    @classmethod
+    def at(cls, order: Order, step: int) -> "OrderState":
+        """The order with `step` steps consumed."""
+        return cls(
+            release=order.release,
+            seed=order.seed,
+            groups=order.groups,
+            open_samples=order.open_samples,
+            batch_size=order.batch_size,
+            step=step,
+        )
 
 
 class RunState(Record):

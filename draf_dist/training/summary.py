@@ -14,9 +14,10 @@ from draf_dist.training.run_folder import open_run
 class RunSummary:
     """One run.
 
-    state: open means that no attempt has said that it ended: it still runs, or was killed. samples: studies consumed, by source
-    epoch. epochs_complete: epochs whose receipt equals the release's; None where the release can't be read. seconds: wall time by
-    kind, over all attempts. epochs: the validation lines of metrics.jsonl.
+    state: open means that no attempt has said that it ended: it still runs, or was killed. score: the number of validation that is
+    to fall; best_loss, best_step: its lowest, and when. samples: studies consumed, by source epoch. epochs_complete: epochs whose
+    receipt equals the release's; None where the release can't be read. seconds: wall time by kind, over all attempts. epochs: the
+    validation lines of metrics.jsonl.
     """
 
     url: str
@@ -25,7 +26,8 @@ class RunSummary:
     state: Literal["open", "interrupted", "finished"]
     attempts: int
     steps: int
-    best_nll: float | None
+    score: str
+    best_loss: float | None
     best_step: int | None
     samples: dict[int, int]
     epochs_complete: int | None
@@ -44,7 +46,7 @@ def summarise(run_url: str) -> RunSummary:
     lines = folder.ledger()
     commits = effective_commits(lines)
     epochs = tuple(line for line in folder.metrics() if line["event"] == "epoch")
-    best = min(epochs, key=lambda line: (line["nll"], line["step"]), default=None)
+    best = min(epochs, key=lambda line: (line[folder.job.score], line["step"]), default=None)
     last = lines[-1] if lines else None
     receipts = receipts_by_epoch(lines)
     return RunSummary(
@@ -54,7 +56,8 @@ def summarise(run_url: str) -> RunSummary:
         state=last["outcome"] if last is not None and last["event"] == "end" else "open",
         attempts=sum(line["event"] == "attempt" for line in lines),
         steps=commits[-1]["stop"] if commits else 0,
-        best_nll=None if best is None else best["nll"],
+        score=folder.job.score,
+        best_loss=None if best is None else best[folder.job.score],
         best_step=None if best is None else best["step"],
         samples={epoch: receipt.count for epoch, receipt in sorted(receipts.items())},
         epochs_complete=complete_epochs(run_url),

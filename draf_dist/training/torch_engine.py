@@ -94,6 +94,10 @@ class OneProcess:
         """The sum over one rank."""
         return values
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of one rank."""
+        return rows
+
     def start(self, module: nn.Module, config: OptimizerConfig) -> tuple[TorchEngine, TorchFiles]:
         """Adam with decoupled weight decay."""
         module = module.to(self.device)

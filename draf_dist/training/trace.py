@@ -9,8 +9,8 @@ from draf_dist.data.release import Release, open_release
 from draf_dist.errors import SpecError, explain
 from draf_dist.schema.identity import uid_name
 from draf_dist.training.ledger import effective_commits
-from draf_dist.training.parts import build_order
 from draf_dist.training.run_folder import open_run
+from draf_dist.training.stage import build_order
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from draf_dist import noise
@@ -28,8 +27,16 @@ def log_prediction(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def validate(module: nn.Module, batches: Iterable[Batch], prepare: Callable[[Batch], Batch], passes: int) -> dict[str, float]:
+def validate(
+    module: nn.Module,
+    batches: Iterable[Batch],
+    prepare: Callable[[Batch], Batch],
+    passes: int,
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> dict[str, float]:
     """NLL in nats, accuracy, and AUROC where it is defined, over the studies whose label is known.
+
+    batches: of this rank. gather: rows of all ranks; all ranks get the same numbers, bit for bit.
 
     Raises:
         DrafError: no label is known, or the NLL is not a number.
@@ -38,8 +45,8 @@ def validate(module: nn.Module, batches: Iterable[Batch], prepare: Callable[[Bat
     module.eval()
     found = [_log_probability_of_known(module, prepare(batch), passes) for batch in batches]
     module.train(was_training)
-    log_probability = np.concatenate([part for part, _ in found])
-    label = np.concatenate([part for _, part in found])
+    log_probability = gather(torch.cat([part for part, _ in found])).cpu().numpy()
+    label = gather(torch.cat([part for _, part in found])).cpu().numpy()
     if len(label) == 0:
         raise DrafError(explain("validation split", expected="studies with a label", found="none", remedy="Prepare more data."))
     nll = -float(log_probability[np.arange(len(label)), label].mean())
@@ -50,8 +57,8 @@ def validate(module: nn.Module, batches: Iterable[Batch], prepare: Callable[[Bat
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
-def _log_probability_of_known(module: nn.Module, batch: Batch, passes: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Log probabilities (n, K) and labels (n,) of the rows whose label counts."""
+def _log_probability_of_known(module: nn.Module, batch: Batch, passes: int) -> tuple[Tensor, Tensor]:
+    """Log probabilities f64 (n, K) and labels int64 (n,) of the rows whose label counts."""
     log_probability = log_prediction(module(batch, evaluation_keys(batch, passes)).logits)
     known = batch.target.observed & (batch.weight > 0)
-    return log_probability[known].double().cpu().numpy(), batch.target.label[known].cpu().numpy()
+    return log_probability[known].double(), batch.target.label[known]

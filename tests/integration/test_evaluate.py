@@ -27,8 +27,8 @@ from draf_dist.sources.hospital_export import HospitalExport
 from draf_dist.sources.synth import synthesise
 from draf_dist.sources.synth.truth import posterior_by_uid
 from draf_dist.storage import Store, open_store
-from draf_dist.training.finetune import finetune
 from draf_dist.training.job import FinetuneJob
+from draf_dist.training.run import train
 from draf_dist.training.run_folder import open_run
 
 KEY = b"a key of the tests"
@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "passes_eval": 4,
         }
     )
-    finetune(job, str(folder / "run"), console=Console(file=io.StringIO()))
+    train(job, str(folder / "run"), console=Console(file=io.StringIO()))
     return folder
 
 
@@ -119,7 +119,7 @@ def test_the_same_evaluation_gives_the_same_bytes(folder: Path, store: Store) ->
 def test_validation_nll_is_that_of_training(folder: Path, evaluation: Evaluation) -> None:
     best = open_run(str(folder / "run")).end()
     assert best is not None
-    assert evaluation.temperature.nll_raw == pytest.approx(best["best_nll"], abs=1e-6)
+    assert evaluation.temperature.nll_raw == pytest.approx(best["best_loss"], abs=1e-6)
     assert evaluation.temperature.nll_scaled <= evaluation.temperature.nll_raw
 
 
@@ -259,7 +259,7 @@ def test_every_fusion_model_is_trained_and_evaluated_to_the_report(kind: str, fo
     run = open_run(str(folder / "run"))
     model = {"kind": kind, "width": 8, "encoders": ENCODERS}
     job = {**run.job.model_dump(mode="json"), "name": kind, "model": model, "epochs": 1}
-    finetune(FinetuneJob.model_validate(job), str(tmp_path / "run"), console=Console(file=io.StringIO()))
+    train(FinetuneJob.model_validate(job), str(tmp_path / "run"), console=Console(file=io.StringIO()))
     found = evaluate(str(tmp_path / "run"), JOB)
     assert found.about.model == kind
     assert (tmp_path / "run" / "report.html").read_text().rstrip().endswith("</html>")

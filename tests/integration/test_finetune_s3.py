@@ -18,10 +18,10 @@ from draf_dist.sources.hospital_export import HospitalExport
 from draf_dist.sources.synth import synthesise
 from draf_dist.storage import open_store
 from draf_dist.training.checkpoint import folder_of
-from draf_dist.training.finetune import finetune
 from draf_dist.training.job import FinetuneJob
 from draf_dist.training.journal import read_lines
 from draf_dist.training.ledger import receipts_by_epoch
+from draf_dist.training.run import train
 from draf_dist.training.tracking import TENSORBOARD, Tracker
 
 
@@ -60,7 +60,7 @@ def test_a_run_in_a_bucket_survives_an_interruption(
 ) -> None:
     quiet = Console(file=io.StringIO())
     local, remote = str(tmp_path / "local"), f"{s3.url}/runs/first"
-    finetune(job, local, console=quiet)
+    train(job, local, console=quiet)
 
     record = Tracker.step
 
@@ -72,9 +72,9 @@ def test_a_run_in_a_bucket_survives_an_interruption(
     with monkeypatch.context() as patch:
         patch.setattr(Tracker, "step", recorded)
         with pytest.raises(InterruptedRunError):
-            finetune(job, remote, console=quiet)
+            train(job, remote, console=quiet)
     assert losses(remote) == losses(local)[:3]
-    assert finetune(job, remote, console=quiet).finished
+    assert train(job, remote, console=quiet).finished
 
     store = open_store(remote)
     assert losses(remote) == losses(local)
@@ -87,14 +87,14 @@ def test_a_run_in_a_bucket_survives_an_interruption(
 def test_a_broken_checkpoint_in_a_bucket_falls_back(s3: Any, job: FinetuneJob) -> None:
     said = io.StringIO()
     url = f"{s3.url}/run"
-    finetune(job, url, console=Console(file=said))
+    train(job, url, console=Console(file=said))
     store = open_store(url)
     store.delete("ledger.jsonl")  # as if it had been killed before it could say that it was finished
     last = max(path.split("/")[1] for path in store.list("checkpoints"))
     weights = f"checkpoints/{last}/model.safetensors"
     store.write(weights, store.read(weights)[:-1])
     expected = losses(url)
-    assert finetune(job, url, console=Console(file=said, width=1000)).finished
+    assert train(job, url, console=Console(file=said, width=1000)).finished
     assert f"warning: {store.where(weights)}: expected" in said.getvalue()
     assert losses(url) == expected
     assert folder_of(len(expected)) == f"checkpoints/{last}"

@@ -25,11 +25,11 @@ from draf_dist.sources.hospital_export import HospitalExport
 from draf_dist.sources.synth import synthesise
 from draf_dist.storage import open_store
 from draf_dist.training.checkpoint import folder_of
-from draf_dist.training.finetune import RunResult, finetune
 from draf_dist.training.job import FinetuneJob
 from draf_dist.training.journal import read_lines
 from draf_dist.training.ledger import receipts_by_epoch
-from draf_dist.training.parts import pin
+from draf_dist.training.pin import pin
+from draf_dist.training.run import RunResult, train
 from draf_dist.training.run_folder import FENCE, enter_run, open_run
 from draf_dist.training.summary import summarise
 from draf_dist.training.trace import trace
@@ -45,9 +45,9 @@ SMALL_MODEL = {
 }
 COMMAND = """
 import sys
-from draf_dist.training.finetune import finetune
-from draf_dist.training.job import load_job
-finetune(load_job(sys.argv[1]), sys.argv[2])
+from draf_dist.training.run import train
+from draf_dist.training.jobs import load_job
+train(load_job(sys.argv[1]), sys.argv[2])
 """
 
 
@@ -76,7 +76,7 @@ def job(release_url: str) -> FinetuneJob:
 
 
 def run(job: FinetuneJob, out: Path, **options: Any) -> RunResult:
-    return finetune(job, str(out), console=Console(file=open(os.devnull, "w"), stderr=False), **options)  # noqa: PTH123, SIM115
+    return train(job, str(out), console=Console(file=open(os.devnull, "w"), stderr=False), **options)  # noqa: PTH123, SIM115
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_a_finished_run_is_reported_and_not_touched(undisturbed: Path, job: Fine
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
     again, resumed = run(job, undisturbed), run(job, undisturbed, resume=True)
     assert again == resumed
-    assert again.best_nll == min(nll for _, nll in validations(undisturbed))
+    assert again.best_loss == min(nll for _, nll in validations(undisturbed))
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
 
 
@@ -250,7 +250,7 @@ def test_a_checkpoint_of_another_job_is_refused(job: FinetuneJob, tmp_path: Path
         with pytest.raises(InterruptedRunError):
             run(job, tmp_path / "run")
     other = job.model_copy(update={"seed": 5})
-    enter_run(str(tmp_path / "other"), pin(other)[0], "continue")
+    enter_run(str(tmp_path / "other"), pin(other), "continue")
     shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "other" / "checkpoints")
     with pytest.raises(DataError, match="expected a checkpoint of this job"):
         run(other, tmp_path / "other")
@@ -280,7 +280,7 @@ def test_training_stops_early_and_keeps_the_best(spoiled: FinetuneJob, tmp_path:
     result = run(spoiled, tmp_path / "run")
     found = validations(tmp_path / "run")
     assert result.steps < 40 * found[0][0]
-    assert found[-1][1] >= result.best_nll
+    assert found[-1][1] >= result.best_loss
     assert result.best_step == found[-3][0]
     exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
     best = load_file(tmp_path / "run" / folder_of(result.best_step) / "model.safetensors")
@@ -312,7 +312,7 @@ def test_a_summary_is_read_from_the_folder_alone(undisturbed: Path, job: Finetun
     assert summary.state == "finished"
     assert summary.epochs_complete == job.epochs
     assert summary.steps == len(losses(undisturbed))
-    assert summary.best_nll == min(nll for _, nll in validations(undisturbed))
+    assert summary.best_loss == min(nll for _, nll in validations(undisturbed))
     assert {"startup", "data_wait", "step", "validate", "checkpoint", "idle"} == set(summary.seconds)
 
 

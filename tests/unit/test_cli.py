@@ -9,7 +9,7 @@ import pytest
 
 from draf_dist.cli.app import main
 from draf_dist.cli.demo_job import demo_job
-from draf_dist.training.job import load_job
+from draf_dist.training.jobs import load_job
 
 ROOT = Path(__file__).resolve().parents[2]
 

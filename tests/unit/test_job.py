@@ -7,7 +7,8 @@ import pytest
 
 from draf_dist.errors import GateError, SpecError
 from draf_dist.storage import open_store
-from draf_dist.training.job import RESOLVED, FinetuneJob, load_job, resolved
+from draf_dist.training.job import FinetuneJob
+from draf_dist.training.jobs import RESOLVED, load_job, resolved
 from draf_dist.training.journal import read_lines
 from draf_dist.training.ledger import FILE as LEDGER
 from draf_dist.training.ledger import effective_commits, receipts_by_epoch, seconds_by_kind

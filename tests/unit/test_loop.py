@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from draf_dist.errors import DrafError
+from draf_dist.losses.gather import Embeddings
 from draf_dist.schema.batch import Batch, ClassTarget, Term
 from draf_dist.training.job import OptimizerConfig
 from draf_dist.training.loop import StepReport, StepRules, micro_batches, train_steps
@@ -157,6 +158,61 @@ def test_ranks_of_unequal_size_equal_one_process(cuts: tuple[int, ...], accumula
         assert [r.loss for r in reports] == pytest.approx([r.loss for r in expected], rel=1e-6)
         assert_close(expected_weights, module.state_dict())
     assert sum(reports[0].samples for reports, _ in ranks) == expected[0].samples
+
+
+class Spread:
+    """A coupled objective with a closed form: the variance of the outputs of all valid rows; other rows hold NaN."""
+
+    def __init__(self) -> None:
+        self.coupled = 0
+
+    def embed(self, model: nn.Module, batch: Batch, keys: Tensor) -> tuple[Embeddings, dict[str, Term]]:
+        x = batch.inputs["x"]
+        assert isinstance(x, Tensor)
+        valid = batch.weight > 0
+        rows = torch.where(valid[:, None], model(x), math.nan)
+        return Embeddings(rows, rows.square(), batch.uid, valid), {"extra": objective(model, batch, keys)["extra"]}
+
+    def couple(self, rows: Embeddings) -> dict[str, Term]:
+        self.coupled += 1
+        first, second = (torch.where(rows.valid[:, None], view, 0.0).sum() for view in (rows.first, rows.second))
+        num = rows.valid.sum()
+        return {"spread": Term(second - first.square() / num, num.float())}
+
+
+def variance_and_gradient(batch: Batch) -> tuple[float, Tensor]:
+    """By plain torch on the whole batch, with the term that is a sum over rows."""
+    module, x = new_module(), batch.inputs["x"]
+    assert isinstance(x, Tensor)
+    valid = batch.weight > 0
+    outputs = module(x)[valid]
+    extra = objective(module, batch, batch.uid[None])["extra"]
+    loss = (outputs.square().sum() - outputs.sum().square() / valid.sum()) / valid.sum() + 0.1 * extra.numerator / extra.weight
+    return loss.item(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3, 9])
+def test_a_term_that_couples_rows_is_taken_over_the_whole_batch(accumulation: int) -> None:
+    batch = batch_of(7, 3, padding=2)
+    expected, gradient = variance_and_gradient(batch)
+    spread, counted = Spread(), CountingEngine(new_module(), torch.optim.SGD([torch.zeros(1)]), clip_norm=None)
+    rules = replace(RULES, accumulation=accumulation)
+    (report,) = train_steps(TrainState(0, EarlyStopping(patience=1)), counted, [(0, batch)], spread, rules)
+    assert report.loss == pytest.approx(expected, rel=1e-6)
+    assert report.terms["spread"] + 0.1 * report.terms["extra"] == pytest.approx(report.loss, rel=1e-9)
+    found = torch.cat([p.grad.flatten() for p in counted.module.parameters() if p.grad is not None])
+    assert (found - gradient).norm() < 1e-5 * gradient.norm()
+    assert (counted.num_backward, spread.coupled) == (accumulation, 1)
+
+
+class CountingEngine(TorchEngine):
+    """Counts, and keeps the gradient: its optimizer knows no parameter of the module."""
+
+    num_backward = 0
+
+    def backward(self, loss: Tensor) -> None:
+        self.num_backward += 1
+        super().backward(loss)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_before_the_step() -> None:

@@ -31,9 +31,9 @@ def test_training_stops_after_patience_epochs_without_a_new_best() -> None:
         assert not state.exhausted
     state = state.after(0.6, 40)
     assert state.exhausted
-    assert (state.best_nll, state.best_step) == (0.6, 20)
+    assert (state.best_loss, state.best_step) == (0.6, 20)
 
 
 def test_a_nan_is_never_the_best() -> None:
-    assert EarlyStopping(patience=3).after(math.nan, 1).best_nll is None
+    assert EarlyStopping(patience=3).after(math.nan, 1).best_loss is None
     assert EarlyStopping(patience=3).after(0.5, 1).after(math.nan, 2).best_step == 1

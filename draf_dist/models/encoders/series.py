@@ -48,6 +48,7 @@ class SeriesTransformer(nn.Module):
 
     def __init__(self, config: SeriesTransformerConfig, spec: SeriesSpec, width: int) -> None:
         super().__init__()
+        self.hidden = config.hidden
         self.embedding = nn.Linear(2 * len(spec.variables), config.hidden)
         self.positions = nn.Parameter(0.02 * torch.randn(spec.num_steps, config.hidden))
         self.blocks = nn.ModuleList(AttentionBlock(config) for _ in range(config.blocks))
@@ -56,15 +57,28 @@ class SeriesTransformer(nn.Module):
 
     def forward(self, series: SeriesInput, keys: Tensor) -> Tensor:
         """Features of every pass."""
-        counts = torch.arange(series.values.shape[1], device=series.length.device) < series.length.unsqueeze(1)
-        tokens = torch.cat([series.values, series.observed.to(series.values.dtype)], dim=-1)
-        hidden = (self.embedding(tokens) + self.positions).unsqueeze(0)
+        return self.pool(self.tokens(series, keys), series, keys)
+
+    def tokens(self, series: SeriesInput, keys: Tensor) -> Tensor:
+        """What is known at every step: (S or 1, B, T, hidden); steps past the length hold what nobody attends to."""
+        values = torch.cat([series.values, series.observed.to(series.values.dtype)], dim=-1)
+        hidden = (self.embedding(values) + self.positions).unsqueeze(0)
         # A row without a step attends to its zeros: a softmax over nothing is NaN in some kernels of SDPA, 0 in others.
-        attended = counts | (series.length == 0).unsqueeze(1)
+        attended = _steps(series) | (series.length == 0).unsqueeze(1)
         for block in self.blocks:
             hidden = block(hidden, attended, keys)
-        features: Tensor = self.projection(_masked_mean(self.norm(hidden), counts), keys)
+        tokens: Tensor = self.norm(hidden)
+        return tokens
+
+    def pool(self, tokens: Tensor, series: SeriesInput, keys: Tensor) -> Tensor:
+        """Features (S, B, width) of the tokens of this series."""
+        features: Tensor = self.projection(_masked_mean(tokens, _steps(series)), keys)
         return features
+
+
+def _steps(series: SeriesInput) -> Tensor:
+    """Which steps count: bool (B, T)."""
+    return torch.arange(series.values.shape[1], device=series.length.device) < series.length.unsqueeze(1)
 
 
 class AttentionBlock(nn.Module):

@@ -1,0 +1,143 @@
+"""What is written about a run while it goes on; the first rank writes, the others hold the same books in vain."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+from rich.console import Console
+
+from draf_dist.schema.release import Receipt
+from draf_dist.training.backend import Backend
+from draf_dist.training.journal import Journal
+from draf_dist.training.ledger import FILE as LEDGER
+from draf_dist.training.ledger import Kind, Ledger, Outcome
+from draf_dist.training.loop import StepReport
+from draf_dist.training.progress import ProgressLine
+from draf_dist.training.run_folder import Fence, RunFolder
+from draf_dist.training.schedule import EarlyStopping
+from draf_dist.training.stage import Stage, num_steps
+from draf_dist.training.tracking import Tracker
+
+
+class Books(Protocol):
+    """The ledger, the metrics, the terminal, and the right to write into the run folder."""
+
+    @property
+    def attempt(self) -> int:
+        """The number of this attempt, from 1."""
+        ...
+
+    def step(self, report: StepReport) -> None:
+        """Enters one step; its samples are those of the global batch."""
+        ...
+
+    def epoch(self, epoch: int, loss: float, numbers: dict[str, float], stopping: EarlyStopping, step: int) -> None:
+        """Enters one validation; epoch counts epochs done."""
+        ...
+
+    def spent(self, kind: Kind) -> None:
+        """Books the wall time since the last entry."""
+        ...
+
+    def check(self) -> None:
+        """Raises GateError if a later attempt has taken the run over."""
+        ...
+
+    def commit(self, step: int, receipts: dict[int, Receipt]) -> None:
+        """Makes everything entered so far durable, and what was consumed since the last commit."""
+        ...
+
+    def close(self, outcome: Outcome, stopping: EarlyStopping) -> None:
+        """Says how the attempt ended."""
+        ...
+
+
+class NoBooks:
+    """Of a rank that only computes."""
+
+    attempt = 0
+
+    def step(self, report: StepReport) -> None:
+        """Nothing."""
+
+    def epoch(self, epoch: int, loss: float, numbers: dict[str, float], stopping: EarlyStopping, step: int) -> None:
+        """Nothing."""
+
+    def spent(self, kind: Kind) -> None:
+        """Nothing."""
+
+    def check(self) -> None:
+        """Nothing."""
+
+    def commit(self, step: int, receipts: dict[int, Receipt]) -> None:
+        """Nothing."""
+
+    def close(self, outcome: Outcome, stopping: EarlyStopping) -> None:
+        """Nothing."""
+
+
+class OpenBooks:
+    """Of the first rank."""
+
+    def __init__(self, fence: Fence, ledger: Ledger, tracker: Tracker, progress: ProgressLine, began: float) -> None:
+        self._fence, self._ledger, self._tracker, self._progress = fence, ledger, tracker, progress
+        self._mark = began
+
+    @property
+    def attempt(self) -> int:
+        """The number of this attempt, from 1."""
+        return self._ledger.attempt
+
+    def step(self, report: StepReport) -> None:
+        """Enters one step."""
+        self._ledger.spend("data_wait", report.wait_s)
+        self._ledger.spend("step", report.compute_s)
+        self._tracker.step(report)
+        self._progress.step(report)
+        self._mark = time.perf_counter()
+
+    def epoch(self, epoch: int, loss: float, numbers: dict[str, float], stopping: EarlyStopping, step: int) -> None:
+        """Enters one validation."""
+        self._tracker.epoch(epoch, step, numbers)
+        self._progress.epoch(epoch, loss, numbers, best=stopping.best_step == step)
+
+    def spent(self, kind: Kind) -> None:
+        """Books the wall time since the last entry."""
+        now = time.perf_counter()
+        self._ledger.spend(kind, now - self._mark)
+        self._mark = now
+
+    def check(self) -> None:
+        """Asks the fence."""
+        self._fence.check()
+
+    def commit(self, step: int, receipts: dict[int, Receipt]) -> None:
+        """Metrics first, the ledger last."""
+        self._fence.check()
+        self._tracker.flush()
+        self._ledger.commit(step, receipts)
+
+    def close(self, outcome: Outcome, stopping: EarlyStopping) -> None:
+        """The last line of the ledger."""
+        self._ledger.close(outcome, best_loss=stopping.best_loss, best_step=stopping.best_step)
+
+
+@contextmanager
+def open_books(
+    folder: RunFolder, stage: Stage, backend: Backend, start: int, fence: Fence | None, console: Console, began: float
+) -> Iterator[Books]:
+    """The books of this rank, from step `start` on; a rank without a fence writes nothing. began: by time.perf_counter()."""
+    if fence is None:
+        yield NoBooks()
+        return
+    with ExitStack() as stack:
+        journal = Journal(folder.store, LEDGER)
+        stack.callback(journal.close)
+        number = 1 + sum(line["event"] == "attempt" for line in journal.lines)
+        ledger = Ledger(journal, number, start, backend.world, backend.threads, began)
+        ledger.open()
+        tracker = stack.enter_context(Tracker(folder.store, start))
+        epoch_steps = stage.order.steps_per_epoch
+        progress = ProgressLine(console, num_steps=num_steps(stage), steps_per_epoch=epoch_steps, start=start)
+        yield OpenBooks(fence, ledger, tracker, stack.enter_context(progress), began)

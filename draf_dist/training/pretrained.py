@@ -1,0 +1,84 @@
+"""Fine-tuning that starts from pre-trained encoders: which ones, pinned before a run begins, and loaded at every attempt."""
+
+import re
+
+from torch import nn
+
+from draf_dist.errors import DataError, SpecError, explain
+from draf_dist.models.backbones import Backbones, module_name
+from draf_dist.models.encoder_export import ENCODER_DESCRIPTION, ENCODER_FILES, ExportedEncoder, read_description, read_encoder
+from draf_dist.models.encoders import EncoderChoice
+from draf_dist.schema.modality import DataSchema
+from draf_dist.training.pretrain_job import PretrainJob
+from draf_dist.training.run_folder import MODEL, RunFolder, open_run
+
+_PINNED = re.compile(r"(?P<url>.+)@(?P<sha256>[0-9a-f]{64})")
+
+
+def pin_encoder(url: str) -> str:
+    """URL@<sha256 of encoder.safetensors> of the finished pre-training run at a URL, which may be pinned already.
+
+    Raises:
+        SpecError: there is no run, it is of another kind, it is not finished, or it has another encoder than the pinned one.
+        DataError: its description can't be read.
+    """
+    place, wanted = _split(url)
+    run = _finished(place)
+    where = run.store.where(f"{MODEL}/{ENCODER_DESCRIPTION}")
+    found = read_description(run.store.read(f"{MODEL}/{ENCODER_DESCRIPTION}"), where=where).weights_sha256
+    if wanted not in (None, found):
+        remedy = "That run was trained again: start this one with --fresh, or bring the encoder back."
+        raise SpecError(explain(place, expected=f"the encoder {str(wanted)[:12]}", found=found[:12], remedy=remedy))
+    return f"{run.url}@{found}"
+
+
+def load_encoder(pinned_url: str) -> ExportedEncoder:
+    """The encoder of a URL from pin_encoder.
+
+    Raises:
+        SpecError: as pin_encoder.
+        DataError: a file of it is missing or damaged.
+    """
+    place, _ = _split(pin_encoder(pinned_url))
+    store = _finished(place).store
+    files = {name: store.read(f"{MODEL}/{name}") for name in ENCODER_FILES if store.exists(f"{MODEL}/{name}")}
+    return read_encoder(files, where=store.where(MODEL))
+
+
+def start_from(model: nn.Module, pretrained: dict[str, str], schema: DataSchema, encoders: EncoderChoice, width: int) -> None:
+    """Copies pre-trained parameters into the backbones of a new model; everything else stays as the seed made it.
+
+    pretrained: modality -> pinned URL. encoders, width: those that the model was built with.
+
+    Raises:
+        SpecError: a modality that the release does not have, or an encoder that does not fit it. See also load_encoder.
+    """
+    specs = {spec.name: spec for spec in schema.modalities}
+    for name, url in pretrained.items():
+        if name not in specs:
+            remedy = f"Known: {', '.join(specs)}."
+            raise SpecError(explain("pretrained", expected="modalities of the release", found=repr(name), remedy=remedy))
+        exported = load_encoder(url)
+        exported.description.check_fits(specs[name], encoders.of(specs[name]), width, where=f"pretrained.{name}")
+        for backbones in (module for module in model.modules() if isinstance(module, Backbones)):
+            backbones.encoders[module_name(name)].load_state_dict(exported.encoder.state_dict())
+
+
+def _finished(url: str) -> RunFolder:
+    """The finished pre-training run at a URL."""
+    run = open_run(url)
+    if not isinstance(run.job, PretrainJob):
+        remedy = "Name the folder of a run of kind pretrain."
+        raise SpecError(explain(url, expected="a pre-training run", found=f"a run of kind {run.job.kind}", remedy=remedy))
+    if run.end() is None:
+        remedy = f"Finish it first: draf train {run.url}/job.yaml --out {run.url}"
+        raise SpecError(explain(url, expected="a finished run", found="one that is not", remedy=remedy))
+    if not run.store.exists(f"{MODEL}/{ENCODER_DESCRIPTION}"):
+        found = f"no {MODEL}/{ENCODER_DESCRIPTION}"
+        raise DataError(explain(url, expected="a pre-trained encoder", found=found, remedy="Copy the whole run again."))
+    return run
+
+
+def _split(url: str) -> tuple[str, str | None]:
+    pinned = _PINNED.fullmatch(url)
+    return (pinned["url"], pinned["sha256"]) if pinned else (url, None)

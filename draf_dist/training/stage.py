@@ -1,0 +1,78 @@
+"""What a kind of job brings to a run: its parameters, its data, its loss, its validation, its product."""
+
+from pathlib import Path
+from typing import Protocol
+
+from torch import nn
+
+from draf_dist.data.loader import Loader
+from draf_dist.data.order import Order
+from draf_dist.data.release import Release
+from draf_dist.training.backend import Backend
+from draf_dist.training.job import TrainJob
+from draf_dist.training.loop import Objective, StepRules
+
+
+class Stage(Protocol):
+    """A job made ready on one rank; every rank makes the same calls in the same order."""
+
+    @property
+    def job(self) -> TrainJob:
+        """The job, with all that it reads pinned."""
+        ...
+
+    @property
+    def release(self) -> Release:
+        """What it trains on."""
+        ...
+
+    @property
+    def order(self) -> Order:
+        """The global sample order of the training split."""
+        ...
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with the parameters that the job gives, before an engine takes it over."""
+        ...
+
+    @property
+    def objective(self) -> Objective:
+        """What a step minimises."""
+        ...
+
+    def loader(self, backend: Backend) -> Loader:
+        """The training batches of this rank."""
+        ...
+
+    def rules(self, backend: Backend) -> StepRules:
+        """How a training step treats a batch."""
+        ...
+
+    def validate(self, module: nn.Module, backend: Backend) -> dict[str, float]:
+        """The numbers of validation, `job.score` among them: bit for bit the same on all ranks."""
+        ...
+
+    def export(self, weights: Path) -> dict[str, bytes]:
+        """The files of model/ by name, from the parameters in a checkpoint, in the order in which to write them.
+
+        The one that tells that the others are whole comes last. Of one rank only: nothing here waits for others.
+        """
+        ...
+
+
+def build_order(job: TrainJob, release: Release) -> Order:
+    """The global sample order of the training split."""
+    return Order(
+        shard_sizes=tuple(shard.num_samples for shard in release.shards("train")),
+        release=release.version,
+        seed=job.seed,
+        batch_size=job.batch_size,
+        groups=job.groups,
+        open_samples=job.open_samples,
+    )
+
+
+def num_steps(stage: Stage) -> int:
+    """Optimizer steps of a run that is not stopped early."""
+    return stage.job.epochs * stage.order.steps_per_epoch

@@ -1,0 +1,16 @@
+"""From a job to its stage."""
+
+from draf_dist.data.release import Release
+from draf_dist.training.backend import Backend
+from draf_dist.training.finetune import build_finetuning
+from draf_dist.training.jobs import AnyJob
+from draf_dist.training.pretrain import build_pretraining
+from draf_dist.training.pretrain_job import PretrainJob
+from draf_dist.training.stage import Stage
+
+
+def build_stage(job: AnyJob, release: Release, backend: Backend) -> Stage:
+    """The stage of a job whose release, and whatever else it reads, is pinned."""
+    if isinstance(job, PretrainJob):
+        return build_pretraining(job, release, backend)
+    return build_finetuning(job, release, backend.device)

@@ -1,0 +1,163 @@
+"""A run on several ranks is the run of one process: same order, same numbers, one set of books; and any number of ranks goes on."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+
+from draf_dist.data.prepare import prepare
+from draf_dist.data.release import open_release
+from draf_dist.errors import InterruptedRunError, SpecError
+from draf_dist.sources.card import load_card
+from draf_dist.sources.hospital_export import HospitalExport
+from draf_dist.sources.synth import synthesise
+from draf_dist.training.deepspeed_config import DeepSpeedConfig
+from draf_dist.training.deepspeed_engine import DeepSpeedRanks
+from draf_dist.training.job import FinetuneJob
+from draf_dist.training.journal import Line
+from draf_dist.training.ledger import receipts_by_epoch
+from draf_dist.training.run import attempt, begin, train
+from draf_dist.training.run_folder import open_run
+from draf_dist.training.torch_engine import OneProcess
+
+WORLDS = (2, 3)
+
+
+@dataclass
+class StopAfter:
+    """Asks to stop from the n-th time it is asked, so after step n of this attempt. None: never."""
+
+    asked_at: int | None
+    times: int = 0
+
+    @property
+    def requested(self) -> str | None:
+        self.times += 1
+        return "SIGTERM" if self.asked_at is not None and self.times >= self.asked_at else None
+
+
+def silent() -> Console:
+    return Console(file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+
+
+def run_rank(rank: int, world: int, port: int, url: str, stop_at: int | None, stage: int) -> None:
+    """One process: carries the run on. Only the last rank hears that it is to stop."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    backend = DeepSpeedRanks(DeepSpeedConfig.model_validate({"zero_stage": stage}), torch.device("cpu"))
+    stop = StopAfter(stop_at if rank == world - 1 else None)
+    if stop_at is None:
+        assert attempt(url, backend, silent(), stop).finished
+    else:
+        with pytest.raises(InterruptedRunError):
+            attempt(url, backend, silent(), stop)
+    dist.destroy_process_group()
+
+
+def on_ranks(job: FinetuneJob, out: Path, world: int, *, stop_at: int | None = None, stage: int = 2) -> Path:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    mp.spawn(run_rank, (world, port, begin(job, str(out)).url, stop_at, stage), nprocs=world)
+    return out
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> FinetuneJob:
+    folder = tmp_path_factory.mktemp("data")
+    synthesise(folder / "export", num_sites=2, num_subjects=60, seed=1)
+    source = HospitalExport(load_card(folder / "export" / "card.yaml"), folder / "export" / "raw")
+    release = prepare(source, str(folder / "release"), subject_key=b"a key of the tests")
+    encoders = {
+        "image": {"kind": "image2d", "widths": [4, 8], "groups": 2},
+        "series": {"kind": "series_transformer", "hidden": 8, "heads": 2, "blocks": 1},
+        "table": {"kind": "tabular", "hidden": 8},
+    }
+    # Scaled weights: what is learned from validation must be the same on all ranks too.
+    model = {"kind": "draf", "width": 8, "alpha_mode": "scaled", "encoders": encoders}
+    tree = {"name": "ranks", "release": release.url, "model": model, "batch_size": 7, "epochs": 3}
+    return FinetuneJob.model_validate({**tree, "passes_train": 2, "passes_eval": 3, "checkpoint": {"every_steps": 3}})
+
+
+@pytest.fixture(scope="module")
+def alone(job: FinetuneJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    train(job, str(out), console=silent())
+    return out
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def ranks(request: pytest.FixtureRequest, job: FinetuneJob, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield on_ranks(job, tmp_path_factory.mktemp("ranks") / "run", request.param)
+
+
+def lines(out: Path, event: str) -> list[Line]:
+    found = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    return [line for line in found if line["event"] == event]
+
+
+def assert_near(found: Path, expected: Path) -> None:
+    for event, number in (("step", "loss"), ("epoch", "nll")):
+        values = [[line[number] for line in lines(out, event)] for out in (found, expected)]
+        assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_ranks_give_the_losses_and_validations_of_one_process(ranks: Path, alone: Path) -> None:
+    assert_near(ranks, alone)
+    samples = [[line["samples"] for line in lines(out, "step")] for out in (ranks, alone)]
+    assert samples[0] == samples[1]
+
+
+def test_ranks_together_consume_each_study_once_per_epoch(ranks: Path, job: FinetuneJob) -> None:
+    expected = open_release(job.release).manifest.receipts["train"]
+    assert receipts_by_epoch(open_run(str(ranks)).ledger()) == dict.fromkeys(range(job.epochs), expected)
+
+
+def test_one_attempt_of_many_ranks_is_one_in_the_books(ranks: Path) -> None:
+    ledger = open_run(str(ranks)).ledger()
+    assert [line["event"] for line in ledger].count("attempt") == 1
+    assert ledger[0]["world"] in WORLDS
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 3), (3, 2)])
+def test_another_number_of_ranks_carries_a_run_on(job: FinetuneJob, alone: Path, tmp_path: Path, first: int, second: int) -> None:
+    out = tmp_path / "run"
+    if first == 1:
+        with pytest.raises(InterruptedRunError):
+            attempt(begin(job, str(out)).url, OneProcess(), silent(), StopAfter(5))
+    else:
+        on_ranks(job, out, first, stop_at=5, stage=3)
+    assert len(lines(out, "step")) == 5
+    if second == 1:
+        assert train(job, str(out), console=silent()).finished
+    else:
+        on_ranks(job, out, second, stage=1)
+    assert_near(out, alone)
+    expected = open_release(job.release).manifest.receipts["train"]
+    assert receipts_by_epoch(open_run(str(out)).ledger()) == dict.fromkeys(range(job.epochs), expected)
+
+
+def test_more_parts_than_rows_are_refused_before_anything_is_written(job: FinetuneJob, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(SpecError, match="at most 7 ranks"):
+        train(job, str(out), console=silent(), backend=OneProcess(accumulation=8))
+    assert not (out / "ledger.jsonl").exists()
+
+
+def test_a_smaller_share_of_labels_is_part_of_a_larger_one(job: FinetuneJob) -> None:
+    from draf_dist.training.finetune import has_label
+
+    uid = torch.arange(4000)
+    kept = {share: has_label(job.model_copy(update={"label_fraction": share}), uid) for share in (0.1, 0.25, 1.0)}
+    assert kept[1.0].all()
+    assert not (kept[0.1] & ~kept[0.25]).any()
+    for share, mask in kept.items():
+        assert float(mask.float().mean()) == pytest.approx(share, abs=0.03)
