@@ -25,6 +25,7 @@ from draf_dist.evaluation.temperature import fit_temperature
 from draf_dist.models.export import DESCRIPTION, REQUIRED_FILES, ExportedModel, read_model
 from draf_dist.schema.release import SPLITS, Split
 from draf_dist.storage import Store
+from draf_dist.training.job import FinetuneJob
 from draf_dist.training.run_folder import MODEL, RunFolder, open_run
 
 EVALUATION, REPORT = "evaluation.json", "report.html"
@@ -40,6 +41,7 @@ class Subject:
     """
 
     run: RunFolder
+    job: FinetuneJob
     exported: ExportedModel
     weights_sha256: str
     release: Release
@@ -119,7 +121,7 @@ def read_evaluation(store: Store) -> Evaluation | None:
 def open_subject(run_url: str, release_url: str | None) -> Subject:
     """The run's exported model and the release to meet; raises as `evaluate`."""
     run = open_run(run_url)
-    if run.job.kind != "finetune":
+    if not isinstance(run.job, FinetuneJob):
         remedy = "Fine-tune with its encoder first: `pretrained` in a fine-tuning job."
         raise SpecError(explain(run.url, expected="a run of fine-tuning", found=f"one of {run.job.kind}", remedy=remedy))
     paths = {name: f"{MODEL}/{name}" for name in REQUIRED_FILES}
@@ -138,7 +140,7 @@ def open_subject(run_url: str, release_url: str | None) -> Subject:
     release = trained_on if release_url is None else open_release(release_url)
     exported.check_schema(release.schema, where=release.pinned_url)
     description = json.loads(run.store.read(paths[DESCRIPTION]))
-    return Subject(run, exported, description["weights_sha256"], release, trained_on)
+    return Subject(run, run.job, exported, description["weights_sha256"], release, trained_on)
 
 
 def _clean_predictions(subject: Subject, job: EvaluateJob, on_progress: Progress) -> dict[str, Predictions]:
@@ -167,7 +169,7 @@ def _sweep(subject: Subject, context: Context, on_progress: Progress) -> SweepRu
     receipt = subject.release.manifest.receipts.get(settings.split)
     if receipt is None or receipt.count == 0:
         return None
-    corruptor = Corruptor(subject.run.job.corruption, subject.normaliser, seed=context.job.seed)
+    corruptor = Corruptor(subject.job.corruption, subject.normaliser, seed=context.job.seed)
     predictor = Predictor(subject.exported.model, subject.release.schema, settings.passes, context.job.seed)
     sweeper = Sweeper(subject.release, corruptor, predictor, context, settings)
     return sweeper.run(lambda done, total: on_progress("sweep", done, total))

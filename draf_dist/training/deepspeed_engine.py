@@ -5,23 +5,31 @@ and one process; no pickle. All ranks gather, rank 0 writes.
 """
 
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from logging import WARNING, LogRecord
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.utils import register_output_backward_hooks
-from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
-from safetensors.torch import load_file, save_file
+from deepspeed.utils import logger, safe_get_full_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import get_total_norm
+from torch.utils.hooks import RemovableHandle
 
 from draf_dist.errors import SpecError, explain
+from draf_dist.training.bf16 import compute_in_bf16
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.job import OptimizerConfig
 from draf_dist.training.torch_engine import MODEL_FILE, OPTIMIZER_FILE, load_weights
@@ -32,8 +40,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 WHOLE_BELOW = 100_000
 # Gradient elements that are reduced at once.
 LARGEST_BUCKET = 500_000_000
-
-T = TypeVar("T")
+# ZeRO 3 puts its own in place of this one, for the whole process.
+TORCH_LINEAR = functional.linear
 
 
 class DeepSpeedEngine:
@@ -45,6 +53,7 @@ class DeepSpeedEngine:
         self._num_backward = 0
         # DeepSpeed divides by both: its gradient is a mean over ranks and micro-batches, ours is a sum.
         self._scale = float(dist.get_world_size() * accumulation)
+        self._reached: Reached | None = Reached.watch(engine.module)
 
     @property
     def module(self) -> nn.Module:
@@ -70,6 +79,9 @@ class DeepSpeedEngine:
         if self._num_backward != self._accumulation:
             raise ValueError(f"step needs {self._accumulation} calls of backward, found {self._num_backward}")
         self._num_backward = 0
+        if self._reached is not None:
+            self._reached.check()
+            self._reached = None
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = None if isinstance(self._engine.optimizer, ZeROOptimizer) else self._norm_of_whole_gradients()
@@ -82,6 +94,36 @@ class DeepSpeedEngine:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """Which trained parameters a gradient has reached since `watch`.
+
+    Plain Adam leaves a parameter without a gradient alone. ZeRO knows only flat tensors: it takes the gradient for 0, so such a
+    parameter decays. A model whose every parameter some loss reaches (rule D2) gives the same with both, so that is required.
+    """
+
+    missing: dict[str, RemovableHandle]
+
+    @classmethod
+    def watch(cls, module: nn.Module) -> "Reached":
+        """Begins with none reached."""
+        reached = cls({})
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                hook: Callable[[Tensor], None] = partial(reached._strike, name)
+                reached.missing[name] = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        return reached
+
+    def check(self) -> None:
+        """Raises ValueError if there are some that no gradient has reached."""
+        if self.missing:
+            raise ValueError(f"no loss reaches these parameters: {', '.join(self.missing)}")
+
+    def _strike(self, name: str, _: Tensor) -> None:
+        if name in self.missing:
+            self.missing.pop(name).remove()
+
+
+@dataclass(frozen=True)
 class DeepSpeedFiles:
     """Parameters and optimizer state as whole tensors, whatever the ranks share among them."""
 
@@ -89,11 +131,13 @@ class DeepSpeedFiles:
     zero_stage: int
 
     def save(self, folder: Path) -> None:
-        """Gathers on all ranks; rank 0 writes into its local folder."""
-        weights, optimizer = self._weights(), self._optimizer_state()
-        if dist.get_rank() == 0:
-            save_file(weights, folder / MODEL_FILE)
-            save_file(optimizer, folder / OPTIMIZER_FILE)
+        """Gathers tensor by tensor on all ranks; rank 0 keeps them, and writes into its local folder."""
+        first = dist.get_rank() == 0
+        for name, gathered in ((MODEL_FILE, self._weights()), (OPTIMIZER_FILE, self._optimizer_state())):
+            # Every rank runs through the iterator: what is in it is gathered on the way.
+            whole = {key: _stored(value) for key, value in gathered if first}
+            if first:
+                (folder / name).write_bytes(to_safetensors(whole))
         dist.barrier()
 
     def load(self, folder: Path) -> None:
@@ -107,39 +151,43 @@ class DeepSpeedFiles:
             load_weights(module, folder / MODEL_FILE)
         if self.zero_stage > 0:
             optimizer.refresh_fp32_params()
-        stored = load_file(folder / OPTIMIZER_FILE)
-        steps = [value for key, value in stored.items() if key.startswith("step.")]
-        if not steps:
-            return
-        self._make_optimizer_state(torch.stack(steps).max())
-        for name, parameter in module.named_parameters():
-            for kind in MOMENTS:
-                if f"{kind}.{name}" in stored:
-                    self._set_moment(parameter, kind, stored[f"{kind}.{name}"].to(parameter.device))
+        with safe_open(folder / OPTIMIZER_FILE, framework="pt") as stored:
+            steps = [stored.get_tensor(key) for key in stored.keys() if key.startswith("step.")]  # noqa: SIM118
+            if not steps:
+                return
+            self._make_optimizer_state(torch.stack(steps).max())
+            for name, parameter in self._trained():
+                for kind in MOMENTS:
+                    self._set_moment(parameter, kind, stored.get_tensor(f"{kind}.{name}").to(self.engine.device))
 
-    def _weights(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, value in self.engine.module.state_dict(keep_vars=True).items():
             with self._gathered([value] if isinstance(value, nn.Parameter) else [], modified=False):
-                found[name] = _stored(value)
-        return found
+                yield name, value
 
-    def _optimizer_state(self) -> dict[str, Tensor]:
-        state = self.engine.optimizer.optimizer.state if self.zero_stage > 0 else self.engine.optimizer.state
+    def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        """As TorchFiles names it; nothing before the first step."""
+        state = self._state()
         held = next((state[owner] for owner in self._owners() if owner in state and state[owner]), None)
         if held is None:
-            return {}
-        found: dict[str, Tensor] = {}
-        for name, parameter in self.engine.module.named_parameters():
-            if parameter.requires_grad:
-                found[f"step.{name}"] = _stored(held["step"])
-                found |= {f"{kind}.{name}": _stored(self._moment(parameter, kind)) for kind in MOMENTS}
-        return found
+            return
+        for name, parameter in self._trained():
+            yield f"step.{name}", held["step"]
+            for kind in MOMENTS:
+                yield f"{kind}.{name}", self._moment(parameter, kind)
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, parameter) for name, parameter in self.engine.module.named_parameters() if parameter.requires_grad)
+
+    def _state(self) -> Mapping[Tensor, dict[str, Tensor]]:
+        optimizer = self.engine.optimizer if self.zero_stage == 0 else self.engine.optimizer.optimizer
+        state: Mapping[Tensor, dict[str, Tensor]] = optimizer.state
+        return state
 
     def _moment(self, parameter: nn.Parameter, kind: str) -> Tensor:
         moment: Tensor
         if self.zero_stage == 0:
-            moment = self.engine.optimizer.state[parameter].get(kind, torch.zeros_like(parameter))
+            moment = self.engine.optimizer.state[parameter][kind]
         else:
             moment = safe_get_full_optimizer_state(parameter, kind)
         return moment
@@ -152,14 +200,14 @@ class DeepSpeedFiles:
         else:
             # DeepSpeed's setter of whole tensors fails where a parameter can't be cut evenly; its parts are of one size, padded.
             size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-            padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+            padded = functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
             safe_set_local_optimizer_state(parameter, padded.narrow(0, size * dist.get_rank(), size), kind)
 
     def _owners(self) -> list[Tensor]:
         """The tensors that Adam keeps state of: flat parts of the parameters under ZeRO."""
         optimizer = self.engine.optimizer
         if self.zero_stage == 0:
-            return [p for p in self.engine.module.parameters() if p.requires_grad]
+            return [parameter for _, parameter in self._trained()]
         flat: list[Tensor] = (
             optimizer.fp32_partitioned_groups_flat if self.zero_stage == 3 else optimizer.single_partition_of_fp32_groups
         )
@@ -167,14 +215,13 @@ class DeepSpeedFiles:
 
     def _make_optimizer_state(self, step: Tensor) -> None:
         """State as after the first step, which an engine that never stepped does not have yet."""
-        optimizer = self.engine.optimizer
-        state = optimizer.optimizer.state if self.zero_stage > 0 else optimizer.state
+        state = self._state()
         for owner in self._owners():
             for kind in MOMENTS:
                 state[owner].setdefault(kind, torch.zeros_like(owner)).zero_()
             state[owner]["step"] = step.clone()
         if self.zero_stage in (1, 2):
-            optimizer._lazy_init_hp_params_optimizer_state()
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @contextmanager
     def _gathered(self, parameters: list[nn.Parameter], *, modified: bool) -> Iterator[None]:
@@ -191,7 +238,7 @@ class DeepSpeedRanks:
     """This process as one rank of the default process group, which whoever started it has set up.
 
     Raises:
-        SpecError: there is no process group.
+        SpecError: there is no process group, or DeepSpeed was imported for another kind of device.
     """
 
     config: DeepSpeedConfig
@@ -202,6 +249,10 @@ class DeepSpeedRanks:
         if not dist.is_initialized():
             remedy = "Start the ranks through a launcher, or leave `kind: deepspeed` out of the profile."
             raise SpecError(explain("profile", expected="a process group", found="none", remedy=remedy))
+        if get_accelerator().device_name() != self.device.type:
+            remedy = f"Set the environment variable DS_ACCELERATOR={self.device.type}."
+            found = get_accelerator().device_name()
+            raise SpecError(explain("DeepSpeed's accelerator", expected=self.device.type, found=found, remedy=remedy))
 
     @property
     def rank(self) -> int:
@@ -224,12 +275,28 @@ class DeepSpeedRanks:
         dist.all_reduce(total)
         return total
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """Rows (n, ...) of any dtype of all ranks, in the order of ranks; n may differ from rank to rank and be 0."""
+        mine = torch.tensor([rows.shape[0]], device=rows.device)
+        counts = [int(count) for count in _from_all(mine)]
+        # As bytes: neither gloo nor NCCL takes every dtype.
+        data = rows.contiguous().flatten().view(torch.uint8)
+        size_bytes = rows.element_size() * rows.shape[1:].numel()
+        padded = functional.pad(data, (0, max(counts) * size_bytes - data.numel()))
+        parts = [part[: count * size_bytes] for part, count in zip(_from_all(padded), counts, strict=True)]
+        return torch.cat(parts).view(rows.dtype).view(sum(counts), *rows.shape[1:])
+
     def start(self, module: nn.Module, config: OptimizerConfig) -> tuple[DeepSpeedEngine, DeepSpeedFiles]:
         """Adam with decoupled weight decay: torch's own, so that one process gives the same steps."""
+        be_quiet()
         if self.device.type == "cpu":
             skip_compiled_operators()
+        else:
+            torch.cuda.set_device(self.device)
         # DeepSpeed takes its device from here.
         os.environ["LOCAL_RANK"] = str(self.device.index or 0)
+        # Another linear adds gradients in another order, so what this engine computes must not depend on an earlier one's stage.
+        functional.linear = TORCH_LINEAR
         module = module.to(self.device)
         if self.config.precision == "bf16":
             compute_in_bf16(module, self.device)
@@ -262,33 +329,23 @@ def skip_compiled_operators() -> None:
     deepspeed.ops.__compatible_ops__ = {}
 
 
-def compute_in_bf16(module: nn.Module, device: torch.device) -> None:
-    """Makes the model run under autocast and return f32. Parameters stay f32.
-
-    The cache of cast weights is off: under ZeRO 3 it would keep alive what is given back after use.
-    """
-    inner: Callable[..., object] = module.forward
-
-    def forward(*inputs: object) -> object:
-        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-            return in_f32(inner(*inputs))
-
-    module.forward = forward
+def be_quiet() -> None:
+    """Drops what DeepSpeed and torch say about each other, once for every rank, and nobody who trains can do anything about."""
+    logger.setLevel(WARNING)
+    if _is_news not in logger.filters:
+        logger.addFilter(_is_news)
+    warnings.filterwarnings("ignore", r".*`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 
 
-def in_f32(value: T) -> T:
-    """A tensor, or a dataclass, dict or tuple of such, with floating-point tensors as f32."""
-    changed: Any = value
-    if isinstance(value, Tensor):
-        changed = value.float() if value.is_floating_point() else value
-    elif isinstance(value, dict):
-        changed = {name: in_f32(item) for name, item in value.items()}
-    elif isinstance(value, tuple):
-        changed = tuple(in_f32(item) for item in value)
-    elif is_dataclass(value) and not isinstance(value, type):
-        changed = replace(value, **{f.name: in_f32(getattr(value, f.name)) for f in fields(value)})
-    result: T = changed
-    return result
+def _is_news(record: LogRecord) -> bool:
+    # Outputs that are dataclasses: `DeepSpeedEngine.backward` sees to them.
+    return "A module has unknown inputs or outputs type" not in record.getMessage()
+
+
+def _from_all(values: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values)
+    return parts
 
 
 def _stored(tensor: Tensor) -> Tensor:

@@ -222,9 +222,7 @@ def _leaves(parts: Sequence[Embeddings]) -> Embeddings:
 
 def _carried(rows: Embeddings, gradient: Tensor) -> Tensor:
     """A scalar whose gradient is (d rows / d parameters) gradient, for the gradient (2, N, Z) of both views."""
-    # Not a plain product: what a row holds that is not valid may be NaN.
-    views = torch.where(rows.valid[:, None], torch.stack([rows.first, rows.second]), 0.0)
-    return (views * gradient).sum()
+    return (torch.stack([rows.first, rows.second]) * gradient).sum()
 
 
 def _loss(terms: dict[str, Term], weights: dict[str, float]) -> Tensor:

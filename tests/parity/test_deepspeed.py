@@ -4,44 +4,61 @@ All cases of one world size share one set of processes: starting them costs more
 """
 
 import json
+import multiprocessing
+import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from draf_dist.training.parts import Parts, build_parts, pin
+from model_inputs import pass_keys, small_batch, small_schema
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from draf_dist.data.order import rank_entries
-from draf_dist.data.prepare import prepare
 from draf_dist.errors import SpecError
+from draf_dist.models.build import build_model
+from draf_dist.models.calibration import calibrate
+from draf_dist.models.encoders import EncoderChoice, Image2dConfig, SeriesTransformerConfig, TabularConfig
+from draf_dist.models.fusion.draf import DrafConfig
+from draf_dist.objectives.fusion import FusionObjectiveConfig
 from draf_dist.schema.batch import Batch
-from draf_dist.sources.card import load_card
-from draf_dist.sources.hospital_export import HospitalExport
-from draf_dist.sources.synth import synthesise
 from draf_dist.training import deepspeed_engine
-from draf_dist.training.backend import Backend, EngineFiles
+from draf_dist.training.backend import Backend
+from draf_dist.training.bf16 import compute_in_bf16
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.deepspeed_engine import DeepSpeedRanks
-from draf_dist.training.job import FinetuneJob, OptimizerConfig
-from draf_dist.training.loop import StepReport, train_steps
+from draf_dist.training.job import OptimizerConfig
+from draf_dist.training.loop import StepRules, train_steps
 from draf_dist.training.repeatable import repeatable
-from draf_dist.training.schedule import EarlyStopping
+from draf_dist.training.schedule import EarlyStopping, WarmupCosine
 from draf_dist.training.state import TrainState
 from draf_dist.training.torch_engine import OneProcess
 
-STEPS, HALF = 30, 13
+STEPS, HALF, SHORT = 30, 22, 8
+ROWS, EPOCH = 7, 5
 STAGES = (0, 1, 2, 3)
 WORLDS = (2, 3)
-TOLERANCE = 1e-6
+LOSS_TOLERANCE = 1e-6
+# The second third of this one.
+KEYS = "queries_keys_values.bias"
+# Of the distance that training went, all parameters together.
+WEIGHT_TOLERANCE = 5e-6
 # Every gradient of the model is larger, so it is clipped at every step.
 CLIP_NORM = 0.05
+LEARNING_RATE = WarmupCosine(3e-3, STEPS, 0.1)
+ENCODERS = EncoderChoice(
+    image=Image2dConfig(widths=(4,), groups=2),
+    series=SeriesTransformerConfig(hidden=8, heads=2, blocks=1),
+    table=TabularConfig(hidden=8),
+)
+COMPILED = "compiled"
+FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 @dataclass(frozen=True)
@@ -54,99 +71,157 @@ class Case:
     clip_norm: float | None = None
     whole_below: int = 0
     start: str | None = None
+    steps: int = STEPS
 
     @property
     def name(self) -> str:
         parts = (self.stage, self.accumulation, self.precision, self.clip_norm, self.whole_below, self.start)
         return "-".join(str(part).replace("/", "_") for part in parts)
 
+    def continued(self, world: int) -> "Case":
+        """The same from what it left at step HALF."""
+        return replace(self, start=f"{world}/{self.name}")
+
+
+# Small parameters stay whole, as they do unless somebody changes it.
+WHOLE = Case(3, whole_below=deepspeed_engine.WHOLE_BELOW)
+
 
 def straight(world: int) -> list[Case]:
     return [Case(stage, accumulation) for stage in STAGES for accumulation in (1, 2)]
 
 
-def variants(world: int) -> list[Case]:
-    """What need not be seen with every stage on every number of ranks."""
-    return [Case(3, whole_below=deepspeed_engine.WHOLE_BELOW)] if world == 2 else []
+def whole(world: int) -> list[Case]:
+    return [WHOLE] if world == 2 else []
 
 
 def clipped(world: int) -> list[Case]:
-    return [Case(stage, clip_norm=CLIP_NORM) for stage in STAGES] if world == 2 else []
+    return [Case(stage, clip_norm=CLIP_NORM, steps=SHORT) for stage in (0, 1, 3)] if world == 2 else []
 
 
 def in_bf16(world: int) -> list[Case]:
-    return [Case(stage, precision="bf16") for stage in STAGES] if world == 2 else []
+    return [Case(stage, precision="bf16", steps=SHORT) for stage in (1, 3)] if world == 2 else []
+
+
+def interrupted(world: int) -> list[Case]:
+    """The runs that are continued later. The cuts of ZeRO pad differently on 3 ranks."""
+    return [*map(Case, STAGES), Case(2, 2), WHOLE] if world == 2 else [Case(2), Case(3)]
 
 
 def resumed(world: int) -> list[Case]:
-    return [Case(stage, start=f"{world}/{Case(stage).name}") for stage in STAGES]
+    return [case.continued(world) for case in interrupted(world)]
 
 
 def moved(world: int) -> list[Case]:
-    """Continued from what another stage wrote on another number of ranks."""
-    return [Case(stage, start=f"2/{Case(3 - stage).name}") for stage in STAGES] if world == 3 else []
+    """Continued from what another stage wrote on another number of ranks, or one process."""
+    starts = ("1/None", "2/" + Case(3).name, "2/" + Case(0).name, "2/" + Case(1).name)
+    return [Case(stage, start=start) for stage, start in zip(STAGES, starts, strict=True)] if world == 3 else []
 
 
 def all_cases(world: int) -> list[Case]:
-    kinds: list[Callable[[int], list[Case]]] = [straight, variants, clipped, in_bf16, resumed, moved]
+    kinds: list[Callable[[int], list[Case]]] = [straight, whole, clipped, in_bf16, resumed, moved]
     return [case for kind in kinds for case in kind(world)]
 
 
-class Collected:
-    """Batches that were loaded already."""
+@cache
+def global_batch(step: int) -> Batch:
+    """Seven rows, about a third of whose modalities is absent; in an epoch's last batch three of them are padding."""
+    batch = small_batch(small_schema(), ROWS, seed=step)
+    weight = torch.ones(ROWS)
+    weight[ROWS - (3 if step % EPOCH == EPOCH - 1 else 0) :] = 0
+    return replace(
+        batch,
+        weight=weight,
+        present=batch.present & (weight > 0).unsqueeze(1),
+        uid=torch.where(weight > 0, batch.uid + ROWS * step, -1),
+        epoch=torch.full((ROWS,), step // EPOCH),
+    )
 
-    def __init__(self, parts: Parts, backend: Backend) -> None:
-        self.batches = list(parts.loader(backend).batches(0, STEPS))
 
-    def since(self, step: int) -> Iterator[tuple[int, Batch]]:
-        return iter(self.batches[step:])
+def batches(backend: Backend, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
+    mine = rank_entries(ROWS, ROWS, backend.rank, backend.world)
+    return ((step, global_batch(step).rows(mine.start, mine.stop)) for step in range(start, stop))
 
 
-def train(backend: Backend, job: FinetuneJob, batches: Collected, clip_norm: float | None, start: Path | None, out: Path) -> None:
-    """Trains to the end; leaves a checkpoint of step HALF, one of the end, and the reports of rank 0 under `out`."""
-    _, release = pin(job)
-    parts = build_parts(job, release, backend.device)
-    engine, files = backend.start(parts.model, OptimizerConfig(clip_norm=clip_norm))
+def new_model() -> nn.Module:
+    """Its scale of U is what validation sets."""
+    config = DrafConfig(width=8, encoders=ENCODERS, alpha_mode="scaled")
+    return build_model(config, small_schema(), seed=1)
+
+
+def rules(backend: Backend) -> StepRules:
+    return StepRules(lambda batch: batch, lambda batch: pass_keys(batch, 2), LEARNING_RATE, backend.reduce, backend.accumulation)
+
+
+def train(backend: Backend, case: Case, start: Path | None, out: Path) -> nn.Module:
+    """Trains to the end; rank 0 leaves checkpoints of step HALF and of the end under `out`, and what the reports said."""
+    engine, files = backend.start(new_model(), OptimizerConfig(clip_norm=case.clip_norm))
     state = TrainState(0, EarlyStopping(patience=1))
     if start is not None:
         files.load(start)
         state.step = HALF
-    reports: list[StepReport] = []
-    for report in train_steps(state, engine, batches.since(state.step), parts.objective, parts.rules(backend)):
-        reports.append(report)
-        if report.step in (HALF, STEPS):
-            save(files, backend, out / str(report.step))
+    numbers: dict[str, list[float]] = {"losses": [], "norms": []}
+    todo = batches(backend, state.step, case.steps)
+    for report in train_steps(state, engine, todo, FusionObjectiveConfig().build(), rules(backend)):
+        numbers["losses"].append(report.loss)
+        numbers["norms"].append(report.gradient_norm)
+        if report.step in (HALF, case.steps):
+            folder = out / str(report.step)
+            folder.mkdir(parents=True, exist_ok=True)
+            files.save(folder)
     if backend.rank == 0:
-        numbers = {"losses": [r.loss for r in reports], "norms": [r.gradient_norm for r in reports]}
         (out / "numbers.json").write_text(json.dumps(numbers))
+    return engine.module
 
 
-def save(files: EngineFiles, backend: Backend, folder: Path) -> None:
-    if backend.rank == 0:
-        folder.mkdir(parents=True)
-    files.save(folder)
+def calibrated(backend: Backend, module: nn.Module) -> list[float]:
+    """The scale of U on the batches of one epoch, as every rank has it."""
+    calibrate(module, ((batch, pass_keys(batch, 2)) for _, batch in batches(backend, 0, EPOCH)))
+    return backend.gather(module.get_buffer("weights.u_scale").view(1)).tolist()  # type: ignore[no-any-return]
 
 
-def run_rank(rank: int, world: int, port: int, job_json: str, out: Path) -> None:
+def gathered(backend: Backend) -> dict[str, bool]:
+    """Whether rows of every dtype come back as they are; rank 0 has none, each further one more."""
+    whole = torch.arange(1, 40).view(-1, 3)
+    owner = torch.cat([torch.full((rank,), rank) for rank in range(backend.world)])
+    found = {}
+    for dtype in (torch.int64, torch.int16, torch.bool, torch.float64, torch.float32, torch.bfloat16):
+        for shape in ((), (3,), (3, 1), (0,)):
+            values = whole[: len(owner), : shape[0] if shape else 1].reshape(len(owner), *shape).to(dtype)
+            back = backend.gather(values[owner == backend.rank])
+            found[f"{dtype} {shape}"] = back.dtype == dtype and torch.equal(back, values)
+    found["none at all"] = backend.gather(whole[:0]).shape == (0, 3)
+    return found
+
+
+def refusal_of_an_idle_parameter(backend: Backend) -> str:
+    model = nn.ModuleDict({"used": nn.Linear(2, 1), "idle": nn.Linear(2, 1)})
+    engine, _ = backend.start(model, OptimizerConfig())
+    engine.backward(model["used"](torch.ones(1, 2)).sum())
+    with pytest.raises(ValueError, match="no loss") as refused:
+        engine.step(0.1)
+    return str(refused.value)
+
+
+def run_rank(rank: int, world: int, port: int, out: Path) -> None:
     """What every process does: all cases, one after the other."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(out / COMPILED)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    job = FinetuneJob.model_validate_json(job_json)
     cpu = torch.device("cpu")
+    scales: dict[str, list[float]] = {}
     with repeatable(1, cpu):
-        batches: Collected | None = None
         for case in all_cases(world):
             deepspeed_engine.WHOLE_BELOW = case.whole_below
-            config = DeepSpeedConfig.model_validate(
-                {"zero_stage": case.stage, "precision": case.precision, "accumulation": case.accumulation}
-            )
-            backend = DeepSpeedRanks(config, cpu)
-            batches = batches or Collected(build_parts(job, pin(job)[1], cpu), backend)
+            tree = {"zero_stage": case.stage, "precision": case.precision, "accumulation": case.accumulation}
+            backend = DeepSpeedRanks(DeepSpeedConfig.model_validate(tree), cpu)
             start = out / case.start / str(HALF) if case.start else None
-            train(backend, job, batches, case.clip_norm, start, out / str(world) / case.name)
-    if rank == 0:
-        compiled = [name for name in sys.modules if "deepspeed_shm_comm" in name]
-        (out / str(world) / "compiled.json").write_text(json.dumps(compiled))
+            module = train(backend, case, start, out / str(world) / case.name)
+            if case in interrupted(world):
+                scales[case.name] = calibrated(backend, module)
+        idle = refusal_of_an_idle_parameter(DeepSpeedRanks(DeepSpeedConfig(), cpu))
+        found = {"scales": scales, "gathered": gathered(backend), "idle": idle}
+    (out / str(world) / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
@@ -157,32 +232,19 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> FinetuneJob:
-    folder = tmp_path_factory.mktemp("data")
-    synthesise(folder / "export", num_sites=2, num_subjects=60, seed=1)
-    source = HospitalExport(load_card(folder / "export" / "card.yaml"), folder / "export" / "raw")
-    release = prepare(source, str(folder / "release"), subject_key=b"a key of the tests")
-    encoders = {
-        "image": {"kind": "image2d", "widths": [4, 8], "groups": 2},
-        "series": {"kind": "series_transformer", "hidden": 8, "heads": 2, "blocks": 1},
-        "table": {"kind": "tabular", "hidden": 8},
-    }
-    model = {"kind": "draf", "width": 8, "encoders": encoders}
-    tree = {"name": "ranks", "release": release.url, "model": model, "batch_size": 7, "epochs": 9, "passes_train": 2}
-    return FinetuneJob.model_validate(tree)
-
-
-@pytest.fixture(scope="module")
-def out(job: FinetuneJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of all cases, <world>/<case>/, and of plain torch in one process, 1/<clip norm>/."""
     folder = tmp_path_factory.mktemp("out")
     backend = OneProcess()
-    batches = Collected(build_parts(job, pin(job)[1], backend.device), backend)
     with repeatable(1, backend.device):
         for clip_norm in (None, CLIP_NORM):
-            train(backend, job, batches, clip_norm, None, folder / "1" / str(clip_norm))
+            module = train(backend, Case(0, clip_norm=clip_norm), None, folder / "1" / str(clip_norm))
+            if clip_norm is None:
+                (folder / "1" / "scale.json").write_text(json.dumps(calibrated(backend, module)))
+    # Importing all that DeepSpeed wants takes seconds, so one process does it for all.
+    multiprocessing.set_forkserver_preload([__name__, "deepspeed.runtime.zero.muon.muon_optimizer"])
     for world in WORLDS:
-        mp.spawn(run_rank, (world, free_port(), job.model_dump_json(), folder), nprocs=world)
+        mp.start_processes(run_rank, (world, free_port(), folder), nprocs=world, start_method="forkserver")
     return folder
 
 
@@ -192,78 +254,126 @@ def numbers(folder: Path) -> dict[str, list[float]]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+    return {**load_file(folder / FILES[0]), **load_file(folder / FILES[1])}
 
 
-def cases(kind: Callable[[int], list[Case]]) -> list[tuple[int, Case]]:
-    return [(world, case) for world in WORLDS for case in kind(world)]
+def trained(tensors: dict[str, Tensor]) -> Tensor:
+    """All parameters but the biases of attention keys, which have no gradient but rounding."""
+    parameters = {name: tensors[name].flatten() for name, _ in new_model().named_parameters()}
+    return torch.cat([torch.cat([v[:8], v[16:]]) if name.endswith(KEYS) else v for name, v in parameters.items()]).double()
 
 
-def test_the_batches_are_cut_unequally_and_the_last_of_an_epoch_is_padded(job: FinetuneJob) -> None:
-    order = build_parts(job, pin(job)[1], torch.device("cpu")).order
-    sizes = {len(order.draws(step).sample) for step in range(STEPS)}
-    assert len(sizes) == 2
+def cases(*kinds: Callable[[int], list[Case]]) -> list[tuple[int, Case]]:
+    return [(world, case) for kind in kinds for world in WORLDS for case in kind(world)]
+
+
+def name_of(value: object) -> str:
+    return value.name if isinstance(value, Case) else str(value)
+
+
+def test_the_batches_are_cut_unequally_and_the_last_of_an_epoch_is_padded() -> None:
+    padding = [int((global_batch(step).weight == 0).sum()) for step in range(STEPS)]
+    assert padding == [0, 0, 0, 0, 3] * (STEPS // EPOCH)
     for world in WORLDS:
-        rows = {len(range(7)[rank_entries(7, 7, rank, world)]) for rank in range(world)}
-        assert rows == {7 // world, 7 // world + 1}
+        rows = {len(range(ROWS)[rank_entries(ROWS, ROWS, rank, world)]) for rank in range(world)}
+        assert rows == {ROWS // world, ROWS // world + 1}
 
 
-@pytest.mark.parametrize(("world", "case"), [*cases(straight), *cases(variants), *cases(clipped)])
+@pytest.mark.parametrize(("world", "case"), cases(straight, whole, clipped), ids=name_of)
 def test_ranks_give_the_losses_and_weights_of_one_process(out: Path, world: int, case: Case) -> None:
-    expected, found = out / "1" / str(case.clip_norm), out / str(world) / case.name
-    assert len(numbers(found)["losses"]) == STEPS
-    assert numbers(found)["losses"] == pytest.approx(numbers(expected)["losses"], rel=TOLERANCE)
-    assert numbers(found)["norms"] == pytest.approx(numbers(expected)["norms"], rel=1e-4)
-    left, right = tensors(expected / str(STEPS)), tensors(found / str(STEPS))
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        torch.testing.assert_close(right[name], value, rtol=1e-4, atol=1e-5)
+    expected, found = numbers(out / "1" / str(case.clip_norm)), numbers(out / str(world) / case.name)
+    assert len(found["losses"]) == case.steps
+    assert found["losses"] == pytest.approx(expected["losses"][: case.steps], rel=LOSS_TOLERANCE)
+    assert found["norms"] == pytest.approx(expected["norms"][: case.steps], rel=1e-4)
+    if case.steps == STEPS:
+        left, right = (tensors(out / folder / str(STEPS)) for folder in ("1/None", f"{world}/{case.name}"))
+        assert left.keys() == right.keys()
+        way = trained(left) - trained(new_model().state_dict())
+        assert (trained(right) - trained(left)).norm() < WEIGHT_TOLERANCE * way.norm()
+
+
+def test_only_the_biases_of_attention_keys_have_no_gradient(out: Path) -> None:
+    """They add the same to the scores of all keys, which softmax ignores; Adam makes full steps of what rounding leaves."""
+    squares = {name: value for name, value in tensors(out / "1" / "None" / str(STEPS)).items() if name.startswith("exp_avg_sq")}
+    idle = {name: (value.sqrt() < 1e-8).nonzero().flatten().tolist() for name, value in squares.items()}
+    assert {name: found for name, found in idle.items() if found} == {
+        f"exp_avg_sq.backbones.encoders.m_vitals.blocks.0.{KEYS}": list(range(8, 16))
+    }
 
 
 def test_clipping_changes_the_losses(out: Path) -> None:
     plain, clip = numbers(out / "1" / "None"), numbers(out / "1" / str(CLIP_NORM))
     assert min(clip["norms"]) > CLIP_NORM
-    assert clip["losses"] != pytest.approx(plain["losses"], rel=1e-3)
+    assert clip["losses"][:SHORT] != pytest.approx(plain["losses"][:SHORT], rel=1e-5)
 
 
-@pytest.mark.parametrize(("world", "case"), cases(resumed))
+@pytest.mark.parametrize(("world", "case"), cases(interrupted), ids=name_of)
 def test_a_continued_run_equals_the_undisturbed_one_bit_for_bit(out: Path, world: int, case: Case) -> None:
-    whole, half = out / str(world) / Case(case.stage).name, out / str(world) / case.name
-    assert numbers(half)["losses"] == numbers(whole)["losses"][HALF:]
-    assert numbers(half)["norms"] == numbers(whole)["norms"][HALF:]
-    left, right = tensors(whole / str(STEPS)), tensors(half / str(STEPS))
-    assert left.keys() == right.keys()
-    assert all(torch.equal(value, right[name]) for name, value in left.items())
+    through, half = out / str(world) / case.name, out / str(world) / case.continued(world).name
+    assert numbers(half)["losses"] == numbers(through)["losses"][HALF:]
+    assert numbers(half)["norms"] == numbers(through)["norms"][HALF:]
+    for name in FILES:
+        assert (half / str(STEPS) / name).read_bytes() == (through / str(STEPS) / name).read_bytes()
 
 
-@pytest.mark.parametrize(("world", "case"), cases(moved))
+@pytest.mark.parametrize(("world", "case"), cases(moved), ids=name_of)
 def test_another_number_of_ranks_and_another_stage_continue_the_run(out: Path, world: int, case: Case) -> None:
     expected = numbers(out / "1" / "None")["losses"][HALF:]
-    assert numbers(out / str(world) / case.name)["losses"] == pytest.approx(expected, rel=TOLERANCE)
+    assert numbers(out / str(world) / case.name)["losses"] == pytest.approx(expected, rel=LOSS_TOLERANCE)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_one_process_continues_what_ranks_began(out: Path, job: FinetuneJob, tmp_path: Path, stage: int) -> None:
+def test_one_process_continues_what_ranks_began(out: Path, tmp_path: Path, stage: int) -> None:
     backend = OneProcess()
-    batches = Collected(build_parts(job, pin(job)[1], backend.device), backend)
     with repeatable(1, backend.device):
-        train(backend, job, batches, None, out / "2" / Case(stage).name / str(HALF), tmp_path)
+        train(backend, Case(0), out / "3" / Case(stage).name / str(HALF), tmp_path)
     expected = numbers(out / "1" / "None")["losses"][HALF:]
-    assert numbers(tmp_path)["losses"] == pytest.approx(expected, rel=TOLERANCE)
+    assert numbers(tmp_path)["losses"] == pytest.approx(expected, rel=LOSS_TOLERANCE)
 
 
-@pytest.mark.parametrize(("world", "case"), cases(in_bf16))
+@pytest.mark.parametrize(("world", "case"), cases(in_bf16), ids=name_of)
 def test_bf16_stays_near_fp32_and_stores_fp32(out: Path, world: int, case: Case) -> None:
     found = out / str(world) / case.name
-    exact, rounded = numbers(out / "1" / "None")["losses"], numbers(found)["losses"]
+    exact, rounded = numbers(out / "1" / "None")["losses"][:SHORT], numbers(found)["losses"]
     assert rounded != pytest.approx(exact, rel=1e-5)
     assert rounded == pytest.approx(exact, rel=0.05)
-    assert all(not t.is_floating_point() or t.dtype == torch.float32 for t in tensors(found / str(STEPS)).values())
+    assert all(not t.is_floating_point() or t.dtype == torch.float32 for t in tensors(found / str(SHORT)).values())
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_nothing_is_compiled_on_the_cpu(out: Path, world: int) -> None:
-    assert json.loads((out / str(world) / "compiled.json").read_text()) == []
+def test_the_scale_of_the_uncertainty_is_that_of_one_process_on_every_rank(out: Path, world: int) -> None:
+    (expected,) = json.loads((out / "1" / "scale.json").read_text())
+    for rank in range(world):
+        scales = json.loads((out / str(world) / f"rank{rank}.json").read_text())["scales"]
+        assert set(scales) == {case.name for case in interrupted(world)}
+        for found in scales.values():
+            assert len(set(found)) == 1
+            assert found == pytest.approx([expected] * world, rel=1e-4)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_rows_of_any_type_are_gathered_in_the_order_of_ranks(out: Path, world: int) -> None:
+    for rank in range(world):
+        found = json.loads((out / str(world) / f"rank{rank}.json").read_text())["gathered"]
+        assert [what for what, equal in found.items() if not equal] == []
+
+
+def test_nothing_is_compiled_on_the_cpu(out: Path) -> None:
+    """DeepSpeed would put its own all-reduce there, after a minute."""
+    assert not (out / COMPILED).exists()
+
+
+def test_a_parameter_that_no_loss_reaches_is_refused(out: Path) -> None:
+    """Adam would leave it alone, ZeRO would let it decay."""
+    found = json.loads((out / "2" / "rank1.json").read_text())["idle"]
+    assert found == "no loss reaches these parameters: idle.weight, idle.bias"
+
+
+def test_a_device_that_deepspeed_does_not_drive_is_refused(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    with pytest.raises(SpecError, match="DS_ACCELERATOR=cuda"):
+        DeepSpeedRanks(DeepSpeedConfig(), torch.device("cuda", 0))
+    dist.destroy_process_group()
 
 
 def test_without_a_process_group_there_are_no_ranks() -> None:
@@ -273,7 +383,7 @@ def test_without_a_process_group_there_are_no_ranks() -> None:
 
 def test_bf16_gives_f32_in_every_field() -> None:
     module = nn.Linear(3, 2)
-    deepspeed_engine.compute_in_bf16(module, torch.device("cpu"))
+    compute_in_bf16(module, torch.device("cpu"))
     x = torch.randn(4, 3)
     plain = nn.functional.linear(x, module.weight, module.bias)
     assert module(x).dtype == torch.float32

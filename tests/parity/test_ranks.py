@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,8 +94,8 @@ def alone(job: FinetuneJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=WORLDS)
-def ranks(request: pytest.FixtureRequest, job: FinetuneJob, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield on_ranks(job, tmp_path_factory.mktemp("ranks") / "run", request.param)
+def ranks(request: pytest.FixtureRequest, job: FinetuneJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return on_ranks(job, tmp_path_factory.mktemp("ranks") / "run", request.param)
 
 
 def lines(out: Path, event: str) -> list[Line]:
