@@ -6,10 +6,9 @@ and one process; no pickle. All ranks gather, rank 0 writes.
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from logging import WARNING, LogRecord
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,12 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import get_total_norm
-from torch.utils.hooks import RemovableHandle
 
 from draf_dist.errors import SpecError, explain
 from draf_dist.training.bf16 import compute_in_bf16
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.job import OptimizerConfig
+from draf_dist.training.reached import Reached
 from draf_dist.training.torch_engine import MODEL_FILE, OPTIMIZER_FILE, load_weights
 
 # Adam's state beside its step counter.
@@ -91,36 +90,6 @@ class DeepSpeedEngine:
     def _norm_of_whole_gradients(self) -> Tensor:
         # Without ZeRO every rank holds the reduced gradient, and DeepSpeed has no norm unless it clips.
         return get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
-
-
-@dataclass(frozen=True)
-class Reached:
-    """Which trained parameters a gradient has reached since `watch`.
-
-    Plain Adam leaves a parameter without a gradient alone. ZeRO knows only flat tensors: it takes the gradient for 0, so such a
-    parameter decays. A model whose every parameter some loss reaches (rule D2) gives the same with both, so that is required.
-    """
-
-    missing: dict[str, RemovableHandle]
-
-    @classmethod
-    def watch(cls, module: nn.Module) -> "Reached":
-        """Begins with none reached."""
-        reached = cls({})
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                hook: Callable[[Tensor], None] = partial(reached._strike, name)
-                reached.missing[name] = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-        return reached
-
-    def check(self) -> None:
-        """Raises ValueError if there are some that no gradient has reached."""
-        if self.missing:
-            raise ValueError(f"no loss reaches these parameters: {', '.join(self.missing)}")
-
-    def _strike(self, name: str, _: Tensor) -> None:
-        if name in self.missing:
-            self.missing.pop(name).remove()
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from draf_dist.data.loader import Loader, evaluation_batches
 from draf_dist.data.normalise import Normaliser
 from draf_dist.data.order import Order
 from draf_dist.data.release import Release
-from draf_dist.errors import DataError, explain
+from draf_dist.errors import DataError, SpecError, explain
 from draf_dist.models.build import build_model
 from draf_dist.models.calibration import calibrate, set_prevalence
 from draf_dist.models.export import model_files
+from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.objectives.fusion import FusionObjective
 from draf_dist.schema.batch import Batch
 from draf_dist.training.backend import Backend
@@ -53,8 +54,16 @@ class Finetuning:
         return Loader(self.release, "train", self.order, rank=backend.rank, world=backend.world, decode=hook)
 
     def rules(self, backend: Backend) -> StepRules:
-        """How a training step treats a batch."""
+        """How a training step treats a batch.
+
+        Raises:
+            SpecError: a running mean of uncertainties, which must move once per step, and several micro-batches per step.
+        """
         job = self.job
+        if backend.accumulation > 1 and isinstance(job.model, DrafConfig) and job.model.u_ema is not None:
+            remedy = "Set accumulation to 1 in the profile, or leave u_ema out."
+            found = f"accumulation {backend.accumulation}"
+            raise SpecError(explain("model.u_ema", expected="whole batches", found=found, remedy=remedy))
         return StepRules(
             prepare=lambda batch: self.corruptor.train(self.labelled(self.prepared(batch))),
             keys=lambda batch: noise.sample_keys(job.seed, "mc", batch.epoch, batch.uid, job.passes_train),

@@ -15,6 +15,7 @@ from rich.console import Console
 from draf_dist.data.prepare import prepare
 from draf_dist.data.release import open_release
 from draf_dist.errors import InterruptedRunError, SpecError
+from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.sources.card import load_card
 from draf_dist.sources.hospital_export import HospitalExport
 from draf_dist.sources.synth import synthesise
@@ -149,6 +150,12 @@ def test_more_parts_than_rows_are_refused_before_anything_is_written(job: Finetu
     with pytest.raises(SpecError, match="at most 7 ranks"):
         train(job, str(out), console=silent(), backend=OneProcess(accumulation=8))
     assert not (out / "ledger.jsonl").exists()
+
+
+def test_a_running_mean_of_uncertainties_is_refused_with_accumulation(job: FinetuneJob, tmp_path: Path) -> None:
+    model = DrafConfig.model_validate({**job.model.model_dump(), "alpha_mode": "fixed", "u_ema": 0.9})
+    with pytest.raises(SpecError, match="u_ema"):
+        train(job.model_copy(update={"model": model}), str(tmp_path / "run"), console=silent(), backend=OneProcess(accumulation=2))
 
 
 def test_a_smaller_share_of_labels_is_part_of_a_larger_one(job: FinetuneJob) -> None:
