@@ -1,32 +1,30 @@
-"""`draf demo`: the whole road on this machine, on a real S3 server, with a killed and resumed training in the middle."""
+"""`draf demo`: the whole road on this machine: a real S3 server, a real Ray cluster, a worker killed in the middle of training."""
 
 import json as json_module
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
+from draf_dist.cli.demo_checks import PRETRAINED, REFERENCE, RUN
 from draf_dist.cli.evaluate import print_evaluation
 from draf_dist.cli.output import JsonOption, console, errors, print_json, table
 from draf_dist.cli.subject_key import PUBLIC_KEY
-from draf_dist.errors import DrafError, SpecError, explain
+from draf_dist.errors import SpecError, explain
 
 if TYPE_CHECKING:
+    from draf_dist.cli.demo_kill import Kill
     from draf_dist.evaluation.results import Evaluation
 
 SUMMARY = "demo.json"
 MARK = ".draf-demo"
-TRAIN_TIMEOUT_S = 600.0
-POLL_S = 0.05
 
 
 @dataclass
@@ -50,7 +48,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json: JsonOption = False,
 ) -> None:
-    """Synthesise hospitals, prepare to S3, train DRAF, kill it, resume it, evaluate, report, and check the result.
+    """Synthesise hospitals, prepare to S3, pre-train and fine-tune on 2 Ray workers, kill one, evaluate, report, check it all.
 
     Example: draf demo --out demo
     """
@@ -75,7 +73,7 @@ def demo(
     console.print(table("checks", ("what", "found"), facts["checks"].items()))
     console.print(table("stages", ("stage", "seconds"), [*stages.seconds.items(), ("total", facts["total_seconds"])]))
     console.print(
-        f"Report: {out / 'run' / 'report.html'}   Stage seconds and checks: {out / SUMMARY}", soft_wrap=True, highlight=False
+        f"Report: {out / RUN / 'report.html'}   Stage seconds and checks: {out / SUMMARY}", soft_wrap=True, highlight=False
     )
 
 
@@ -84,8 +82,7 @@ def _road(out: Path, bucket: str, stages: Stages, *, subjects: int, seed: int) -
     import torch
 
     from draf_dist.cli.demo_checks import check_artefacts
-    from draf_dist.cli.demo_job import demo_evaluation, demo_job
-    from draf_dist.config.spec import dump_yaml
+    from draf_dist.cli.demo_job import demo_evaluation
     from draf_dist.data.prepare import prepare
     from draf_dist.evaluation.evaluate import evaluate
     from draf_dist.sources.card import load_card
@@ -94,87 +91,47 @@ def _road(out: Path, bucket: str, stages: Stages, *, subjects: int, seed: int) -
 
     # Models this small gain nothing from a second thread, and threads that wait for a busy core cost much.
     torch.set_num_threads(1)
-    synth, run, reference = out / "synth", out / "run", out / "reference"
+    synth = out / "synth"
     with stages("synthesise raw export"):
         synthesise(synth, num_sites=4, num_subjects=subjects, seed=seed)
     with stages("prepare release on s3://"):
         source = load_card(synth / "card.yaml").build(synth / "raw")
         release = prepare(source, f"{bucket}/synth", subject_key=PUBLIC_KEY)
-    job = demo_job(release.pinned_url, seed=seed)
-    dump_yaml(job, out / "job.yaml")
-    with ExitStack() as processes:
-        with stages("train, kill in mid-training"):
-            unkilled = processes.enter_context(Training(out, reference))
-            killed = processes.enter_context(Training(out, run))
-            killed_at = killed.kill_after(job.checkpoint.every_steps * 3 // 2)
-        with stages("resume; reference run beside it"):
-            processes.enter_context(Training(out, run)).finish()
-            unkilled.finish()
+    kill = _train(out, release.pinned_url, stages, seed)
     with stages("evaluate and report"):
-        evaluation = evaluate(str(run), demo_evaluation(), truth=posterior_by_uid(synth / "truth", PUBLIC_KEY))
+        evaluation = evaluate(str(out / RUN), demo_evaluation(), truth=posterior_by_uid(synth / "truth", PUBLIC_KEY))
     with stages("check own artefacts"):
-        checks = check_artefacts(release, run, reference, killed_at)
-    return evaluation, {"release": release.pinned_url, "killed_at_step": killed_at, "checks": checks}
+        checks = check_artefacts(release, out, kill)
+    return evaluation, {"release": release.pinned_url, "kill": asdict(kill), "checks": checks}
 
 
-class Training:
-    """One `draf train` in a process of its own, as a user would start it; gone at the end of the `with` block at the latest."""
+def _train(out: Path, release: str, stages: Stages, seed: int) -> "Kill":
+    """All stages of training on one Ray cluster of two workers."""
+    from draf_dist.cli.demo_job import demo_job, demo_pretraining, demo_profile
+    from draf_dist.cli.demo_kill import Killer
+    from draf_dist.config.spec import dump_yaml
+    from draf_dist.launch.ray_cluster import ray_cluster
+    from draf_dist.launch.ray_train import train_on_ray
 
-    def __init__(self, out: Path, run: Path) -> None:
-        self.run = run
-        self.log = out / f"{run.name}.log"
-        command = [sys.executable, "-m", "draf_dist.cli.app", "train", str(out / "job.yaml"), "--out", str(run)]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-
-    def __enter__(self) -> "Training":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop()
-
-    def kill_after(self, step: int) -> int:
-        """SIGKILL once that many steps are in metrics.jsonl; returns how many there were.
-
-        Raises:
-            DrafError: the process ended by itself before.
-        """
-        deadline = time.monotonic() + TRAIN_TIMEOUT_S
-        while (done := self._steps()) < step:
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self._stop()
-                raise self._failed(f"to be killed after step {step}", f"step {done}")
-            time.sleep(POLL_S)
-        self._stop()
-        return self._steps()
-
-    def finish(self) -> None:
-        """Waits for the end.
-
-        Raises:
-            DrafError: it ended with an error, or did not end in time.
-        """
-        try:
-            code = self.process.wait(TRAIN_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._stop()
-            raise self._failed("to finish", f"no end within {TRAIN_TIMEOUT_S:.0f} s") from None
-        if code != 0:
-            raise self._failed("exit code 0", str(code))
-
-    def _steps(self) -> int:
-        metrics = self.run / "metrics.jsonl"
-        return metrics.read_text().count('"event": "step"') if metrics.exists() else 0
-
-    def _stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def _failed(self, expected: str, found: str) -> DrafError:
-        last = self.log.read_text(errors="replace").splitlines()[-3:]
-        return DrafError(
-            explain(f"training {self.run.name}", expected=expected, found=found, remedy=f"{self.log} ends: {' / '.join(last)}")
-        )
+    profile = demo_profile()
+    dump_yaml(profile, out / "profile.yaml")
+    with ExitStack() as stack:
+        log = Console(file=stack.enter_context((out / "train.log").open("a", encoding="utf-8")))
+        with stages("start a Ray cluster"):
+            stack.enter_context(ray_cluster(profile))
+        with stages("pre-train the image encoder on 2 workers"):
+            pretraining = demo_pretraining(release, seed=seed)
+            dump_yaml(pretraining, out / "pretrain.yaml")
+            encoder = train_on_ray(pretraining, str(out / PRETRAINED), profile, console=log)
+        job = demo_job(release, encoder.url, seed=seed)
+        dump_yaml(job, out / "job.yaml")
+        with stages("fine-tune on 2 workers, kill one, recover"):
+            killer = Killer(out / RUN, after_step=job.checkpoint.every_steps * 3 // 2)
+            train_on_ray(job, str(out / RUN), profile, console=log, watch=killer.start)
+            kill = killer.result()
+        with stages("fine-tune again, undisturbed"):
+            train_on_ray(job, str(out / REFERENCE), profile, console=log)
+    return kill
 
 
 def _clear(out: Path) -> None:

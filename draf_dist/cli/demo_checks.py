@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from draf_dist.cli.demo_kill import Kill
 from draf_dist.data.release import Release
 from draf_dist.data.verify import verify
 from draf_dist.errors import DataError, explain
@@ -15,21 +16,53 @@ from draf_dist.training.journal import Line
 LOADED_FROM_OUTSIDE = re.compile(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//|url\(\s*["']?https?:|@import""")
 
 
-def check_artefacts(release: Release, run: Path, reference: Path, killed_at: int) -> dict[str, str]:
-    """Check -> what was found. `run` was killed and resumed, `reference` never.
+# The runs of the demo, beneath its folder: `run` lost a worker and recovered, `reference` never did.
+PRETRAINED, RUN, REFERENCE = "pretrained", "run", "reference"
+
+
+def check_artefacts(release: Release, out: Path, kill: Kill) -> dict[str, str]:
+    """Check -> what was found.
 
     Raises:
         DataError: a check does not hold.
     """
     report = verify(release)
+    run, reference = out / RUN, out / REFERENCE
     return {
         "release": f"{report.num_samples} studies, {report.num_members} members whole",
+        "pre-trained encoder": _encoder(out / PRETRAINED, run),
+        "recovery": _recovery(run, kill),
         "receipts": _receipts(release, run),
-        "losses": _losses(run, reference, killed_at),
+        "losses": _losses(run, reference, kill.step),
         "weights": _weights(run, reference),
         "predictions": _predictions(release, run),
         "report": _report(run),
     }
+
+
+def _encoder(pretrained: Path, run: Path) -> str:
+    """Fine-tuning began from the encoder that pre-training left."""
+    from draf_dist.training.job import FinetuneJob
+    from draf_dist.training.run_folder import open_run
+
+    job = open_run(str(run)).job
+    assert isinstance(job, FinetuneJob)
+    (modality, url), *_ = job.pretrained.items()
+    digest = hashlib.sha256((pretrained / "model" / "encoder.safetensors").read_bytes()).hexdigest()
+    _hold(url.endswith(digest), "pre-trained encoder", f"sha256 {digest}", url)
+    first, *_, last = (line for line in open_run(str(pretrained)).metrics() if line["event"] == "epoch")
+    return f"{modality}, sha256 {digest[:16]}; validation loss {first['loss']:.2f} -> {last['loss']:.2f}"
+
+
+def _recovery(run: Path, kill: Kill) -> str:
+    """A second attempt on as many ranks began after the kill."""
+    from draf_dist.training.run_folder import open_run
+
+    attempts = [line for line in open_run(str(run)).ledger() if line["event"] == "attempt"]
+    worlds = [line["world"] for line in attempts]
+    _hold(worlds == [2, 2], "recovery", "two attempts of two ranks each", f"attempts of {worlds}")
+    seconds = attempts[1]["time"] - kill.time
+    return f"rank {kill.rank} of 2 killed by SIGKILL after step {kill.step}; training again {seconds:.1f} s later"
 
 
 def _receipts(release: Release, run: Path) -> str:

@@ -20,6 +20,7 @@ VERBS = [
     ["prepare"],
     ["train"],
     ["evaluate"],
+    ["bench"],
     ["demo"],
     ["doctor"],
     ["schema"],
@@ -54,12 +55,13 @@ def test_the_list_of_verbs_is_complete() -> None:
 
 def commands_by_hand() -> list[list[str]]:
     """The `draf` lines of the README's section "The same road by hand"."""
-    section = (ROOT / "README.md").read_text().split("## The same road by hand")[1].split("```")[1]
-    return [shlex.split(line) for line in section.splitlines() if line.startswith("draf ")]
+    blocks = (ROOT / "README.md").read_text().split("## The same road by hand")[1].split("\n## ")[0].split("```")[1::2]
+    return [shlex.split(line) for block in blocks for line in block.splitlines() if line.startswith("draf ")]
 
 
 def test_the_road_by_hand_can_be_walked_as_written(tmp_path: Path) -> None:
-    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    for folder in ("jobs", "cluster"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for command in commands_by_hand():
         # Fewer epochs and no sweep: this is about the commands, not about the model.
@@ -68,3 +70,4 @@ def test_the_road_by_hand_can_be_walked_as_written(tmp_path: Path) -> None:
         done = subprocess.run(whole, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "runs" / "first" / "report.html").stat().st_size > 10_000
+    assert (tmp_path / "runs" / "second" / "model" / "model.json").exists()

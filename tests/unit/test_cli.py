@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from draf_dist.cli.app import main
-from draf_dist.cli.demo_job import demo_job
+from draf_dist.cli.demo_job import demo_job, demo_pretraining
+from draf_dist.cli.schema import SpecKind
+from draf_dist.training.job import FinetuneJob
 from draf_dist.training.jobs import load_job
+from draf_dist.training.pretrain_job import PretrainJob
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,9 +25,16 @@ def exit_code(*words: str) -> int:
 
 def test_the_demo_trains_the_model_of_the_documented_job() -> None:
     documented = load_job(ROOT / "jobs" / "finetune_synth.yaml")
-    demo = demo_job(documented.release, seed=documented.seed)
-    differing = {name for name in type(demo).model_fields if getattr(demo, name) != getattr(documented, name)}
-    assert differing == {"name", "epochs", "patience", "checkpoint"}
+    demo = demo_job(documented.release, "runs/encoder", seed=documented.seed)
+    differing = {name for name in FinetuneJob.model_fields if getattr(demo, name) != getattr(documented, name)}
+    assert differing == {"name", "epochs", "patience", "checkpoint", "pretrained"}
+
+
+def test_the_demo_pretrains_the_encoder_of_the_documented_job() -> None:
+    documented = load_job(ROOT / "jobs" / "pretrain_synth.yaml")
+    demo = demo_pretraining(documented.release, seed=documented.seed)
+    differing = {name for name in PretrainJob.model_fields if getattr(demo, name) != getattr(documented, name)}
+    assert differing <= {"name", "epochs", "patience", "checkpoint"}
 
 
 def test_a_job_that_is_not_there_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,7 +56,7 @@ def test_unknown_options_are_wrong_usage() -> None:
     assert exit_code("train", "--no-such-option") == 2
 
 
-@pytest.mark.parametrize("kind", ["card", "finetune", "evaluate"])
+@pytest.mark.parametrize("kind", list(SpecKind))
 def test_the_schema_of_a_spec_is_json(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("schema", kind) == 0
     assert json.loads(capsys.readouterr().out)["type"] == "object"

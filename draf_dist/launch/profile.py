@@ -1,0 +1,95 @@
+"""Where a job runs: one process, or the workers of a Ray cluster. The job, its run folder and its result stay the same."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from draf_dist.config.spec import Spec, read_yaml, validate_spec
+from draf_dist.errors import SpecError, explain
+from draf_dist.training.deepspeed_config import DeepSpeedConfig
+from draf_dist.training.torch_engine import OneProcess
+
+
+class OneProcessProfile(Spec):
+    """This process. auto takes a CUDA device if there is one. accumulation: micro-batches per step, where a batch does not fit."""
+
+    kind: Literal["one_process"] = "one_process"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(1, ge=1)
+    accumulation: int = Field(1, ge=1)
+
+    def backend(self) -> OneProcess:
+        """The place to compute.
+
+        Raises:
+            SpecError: it asks for a CUDA device and there is none.
+        """
+        found = torch.cuda.is_available()
+        if self.device == "cuda" and not found:
+            remedy = "Use `device: auto` or `cpu`."
+            raise SpecError(explain("profile: device", expected="a CUDA device", found="none", remedy=remedy))
+        device = torch.device("cpu" if self.device == "cpu" or not found else "cuda")
+        return OneProcess(self.threads, self.accumulation, device)
+
+
+class RayProfile(Spec):
+    """Workers of a Ray cluster, one rank each, with DeepSpeed.
+
+    address: None starts a cluster on this machine for as long as the command runs; `auto` or host:port joins one that exists, from
+    one of its nodes. cpus_per_worker: what Ray sets aside for a worker, which may be a fraction; threads: what one operator uses.
+    gpus_per_worker: 0 computes on CPUs over gloo, 1 on GPUs over NCCL. max_failures: how often the workers are started again after
+    one was lost. collective_timeout_s: how long a rank waits for the others before it takes them for lost; longer than anything
+    that one rank does alone (uploading a checkpoint). nodes_timeout_s: how long to wait for nodes that an autoscaler brings.
+    """
+
+    kind: Literal["ray"] = "ray"
+    workers: int = Field(2, ge=1)
+    address: str | None = None
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: int = Field(0, ge=0, le=1)
+    threads: int = Field(1, ge=1)
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    max_failures: int = Field(3, ge=0)
+    collective_timeout_s: int = Field(600, ge=1)
+    nodes_timeout_s: float = Field(0.0, ge=0)
+
+    @field_validator("address")
+    @classmethod
+    def _of_a_node(cls, address: str | None) -> str | None:
+        if address is None or address == "auto":
+            return address
+        host, _, port = address.rpartition(":")
+        if "://" in address or not host or not port.isdecimal():
+            raise ValueError("expected auto or host:port of the cluster's head; the command itself runs on one of its nodes")
+        return address
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What Ray sets aside for one worker."""
+        return {"CPU": self.cpus_per_worker, **({"GPU": float(self.gpus_per_worker)} if self.gpus_per_worker else {})}
+
+
+Profile = OneProcessProfile | RayProfile
+# Every kind of profile; AnyProfile is the same for schemas, which say by `kind` which one is meant.
+PROFILES: dict[str, type[Profile]] = {"one_process": OneProcessProfile, "ray": RayProfile}
+AnyProfile = Annotated[Profile, Field(discriminator="kind")]
+
+
+def load_profile(path: Path | str) -> Profile:
+    """The profile in a YAML file.
+
+    Raises:
+        SpecError: one line for every problem.
+    """
+    tree = read_yaml(path)
+    kind = tree.get("kind")
+    if isinstance(kind, str) and kind in PROFILES:
+        return validate_spec(tree, PROFILES[kind], where=str(path))
+    # The union's own message would not say which kind is near.
+    near = difflib.get_close_matches(str(kind), PROFILES, n=1)
+    remedy = f"Did you mean {near[0]!r}?" if near else "See cluster/ for examples."
+    found = "nothing" if kind is None else repr(kind)[:80]
+    raise SpecError(explain(f"{path}: kind", expected=f"one of {', '.join(PROFILES)}", found=found, remedy=remedy))

@@ -1,0 +1,81 @@
+"""Profiles: where a job runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from draf_dist.cli.app import app
+from draf_dist.errors import SpecError
+from draf_dist.launch.profile import OneProcessProfile, RayProfile, load_profile
+
+CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "profile.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_profile_that_is_shipped_is_valid_and_the_readme_names_it(path: Path) -> None:
+    assert isinstance(load_profile(path), OneProcessProfile | RayProfile)
+    assert f"[{path.name}]({path.name})" in (CLUSTER / "README.md").read_text()
+
+
+def test_without_a_profile_a_job_runs_as_the_laptop_profile_says() -> None:
+    assert load_profile(CLUSTER / "laptop.yaml") == OneProcessProfile()
+
+
+def test_one_process_computes_as_the_profile_says() -> None:
+    backend = OneProcessProfile(device="cpu", threads=2, accumulation=3).backend()
+    assert (backend.rank, backend.world, backend.threads, backend.accumulation) == (0, 1, 2, 3)
+    assert backend.device == torch.device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_cuda_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(SpecError, match="expected a CUDA device, found none"):
+        OneProcessProfile(device="cuda").backend()
+
+
+def test_a_worker_on_cpus_asks_for_no_gpu() -> None:
+    assert RayProfile(cpus_per_worker=0.5).bundle == {"CPU": 0.5}
+    assert RayProfile(gpus_per_worker=1).bundle == {"CPU": 1.0, "GPU": 1.0}
+
+
+@pytest.mark.parametrize("text", ["kind: rya\n", "workers: 2\n"])
+def test_an_unknown_kind_is_answered_with_the_known_ones(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SpecError, match="expected one of one_process, ray"):
+        load_profile(written(tmp_path, text))
+
+
+def test_all_problems_of_a_profile_are_reported_together(tmp_path: Path) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_profile(written(tmp_path, "kind: ray\nworker: 3\nmax_failures: -1\ndeepspeed: {zero_stage: 4}\n"))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert any("Did you mean 'workers'?" in line for line in lines)
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", ":6379", "head:port"])
+def test_an_address_is_that_of_a_head_which_this_node_can_join(tmp_path: Path, address: str) -> None:
+    with pytest.raises(SpecError, match="expected auto or host:port"):
+        load_profile(written(tmp_path, f"kind: ray\naddress: '{address}'\n"))
+    assert RayProfile(address="auto").address == "auto"
+    assert RayProfile(address="10.0.0.1:6379").address == "10.0.0.1:6379"
+
+
+def test_the_schema_of_a_profile_lists_both_kinds() -> None:
+    shown = CliRunner().invoke(app, ["schema", "profile"])
+    assert set(json.loads(shown.stdout)["discriminator"]["mapping"]) == {"one_process", "ray"}
+
+
+def test_a_profile_that_does_not_exist_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"kind: finetune\nname: x\nrelease: {tmp_path / 'release'}\n")
+    with pytest.raises(SpecError, match="no such file"):
+        CliRunner().invoke(app, ["train", str(job), "--profile", str(tmp_path / "no.yaml")], catch_exceptions=False)
