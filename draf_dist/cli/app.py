@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from draf_dist.cli import demo, doctor, evaluate, prepare, release, run, schema, synth, train
+from draf_dist.cli import bench, demo, doctor, evaluate, prepare, release, run, schema, synth, train
 from draf_dist.cli.output import errors
 from draf_dist.errors import DrafError, InterruptedRunError
 
@@ -24,6 +24,7 @@ app.command("synth")(synth.synth)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.command("schema")(schema.schema)

@@ -33,9 +33,12 @@ def print_source_counts(counts: SourceCounts) -> None:
     ]
     if rows:
         console.print(table("values", ("variable", "kept", "converted", "out of range", "unreadable"), rows))
-    tables = [(name, made.rows, made.unmatched, made.bad_time, made.outside_window) for name, made in sorted(counts.tables.items())]
+    tables = [
+        (name, made.rows, made.not_wanted, made.unmatched, made.bad_time, made.outside_window)
+        for name, made in sorted(counts.tables.items())
+    ]
     if tables:
-        console.print(table("rows", ("table", "read", "of no study", "bad time", "outside window"), tables))
+        console.print(table("rows", ("table", "read", "not wanted", "of no study", "bad time", "outside window"), tables))
 
 
 def print_nothing_observed(counts: SourceCounts) -> None:

@@ -43,7 +43,7 @@ def prepare(
         raise SpecError(explain(str(raw), expected="the folder of the raw export", found=found, remedy="Check --raw."))
     source = load_card(card, overrides or ()).build(raw)
     key = subject_key(public=source.public_subject_key)
-    with _termination_as_interrupt(), progress() as bar:
+    with termination_as_interrupt(), progress() as bar:
         task = bar.add_task("reading and writing studies", total=None)
 
         def show(done: int, total: int | None) -> None:
@@ -66,11 +66,17 @@ def prepare(
     if pinned is None:
         console.print("Dry run: nothing was written.")
     else:
-        console.print(f"Next: draf train jobs/finetune_synth.yaml --set release={out}", soft_wrap=True)
+        console.print(f"Next: draf train {_job(source.name)} --set release={out}", soft_wrap=True)
+
+
+def _job(name: str) -> Path:
+    """The job written for a data set; where there is none, one to start from."""
+    own = Path("jobs") / f"finetune_{name}.yaml"
+    return own if own.is_file() else Path("jobs") / "finetune_synth.yaml"
 
 
 @contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
+def termination_as_interrupt() -> Iterator[None]:
     """Inside the block SIGTERM ends the program as Ctrl-C does: what lies in the temporary folder is removed."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

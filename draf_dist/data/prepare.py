@@ -35,7 +35,7 @@ from draf_dist.data.release import (
     version_of,
 )
 from draf_dist.data.shards import ShardWriter, cut, encode_index, extension, index_tar, sha256_of
-from draf_dist.data.splits import StudyRow, assign_splits, component_of
+from draf_dist.data.splits import SplitRule, StudyRow, assign_splits, component_of
 from draf_dist.data.stats import StatsBuilder, decode_member
 from draf_dist.errors import GateError, SpecError, explain
 from draf_dist.schema.modality import DataSchema, Record
@@ -73,6 +73,7 @@ def prepare(
     limit: float = QUARANTINE_LIMIT,
     shard_size_bytes: int = SHARD_BYTES,
     on_progress: Progress = lambda done, total: None,
+    rule: SplitRule = assign_splits,
 ) -> Release:
     """Writes the source as a release of the data set at `url` and makes it the newest one.
 
@@ -86,6 +87,7 @@ def prepare(
         limit: share of studies that may go to quarantine.
         shard_size_bytes: a shard is cut before it would be larger.
         on_progress: called with (studies read, None), then with (studies written, all studies).
+        rule: which split a subject goes to.
 
     Raises:
         SpecError: the URL, its bucket, or another data set at that URL.
@@ -97,7 +99,7 @@ def prepare(
     store = open_store(url)
     parent = _find_parent(store, url, source, subject_key)
     with _gathered(source, subject_key, limit, on_progress) as (folder, spool, gathered):
-        splits = _splits(gathered, source, parent)
+        splits = _splits(gathered, source, parent, rule)
         by_split = {split: [row for row in gathered.rows if splits[component_of(row.subject)] == split] for split in SPLITS}
         stats = _stats(spool, by_split["train"], source.schema)
         shards = _write_shards(store, spool, by_split, folder, source.schema, shard_size_bytes, on_progress)
@@ -123,7 +125,7 @@ def inspect_source(
         url = _unversioned(url)
         parent = _find_parent(open_store(url), url, source, subject_key)
     with _gathered(source, subject_key, limit, on_progress) as (_, _, gathered):
-        splits = _splits(gathered, source, parent)
+        splits = _splits(gathered, source, parent, assign_splits)
     by_split = {split: [row for row in gathered.rows if splits[component_of(row.subject)] == split] for split in SPLITS}
     return Inspection(_counts(source.schema, by_split), gathered.quarantine(limit))
 
@@ -175,9 +177,9 @@ def _find_parent(store: Store, url: str, source: Source, subject_key: bytes) -> 
     return _Parent(manifest.version, head[1], dict(zip(table["component"], table["split"], strict=True)))
 
 
-def _splits(gathered: Gathered, source: Source, parent: _Parent) -> dict[str, Split]:
+def _splits(gathered: Gathered, source: Source, parent: _Parent, rule: SplitRule) -> dict[str, Split]:
     studies = [StudyRow(row.subject, row.site, row.label) for row in gathered.rows]
-    return assign_splits(studies, held_out_sites=source.held_out_sites, assigned=parent.assigned)
+    return rule(studies, held_out_sites=source.held_out_sites, assigned=parent.assigned)
 
 
 def _stats(spool: Spool, rows: Sequence[Row], schema: DataSchema) -> ReleaseStats:

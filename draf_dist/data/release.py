@@ -2,13 +2,11 @@
 
 import difflib
 import hashlib
-import io
 import json
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from draf_dist.config.spec import canonical_json
@@ -17,6 +15,7 @@ from draf_dist.errors import DataError, SpecError, explain
 from draf_dist.schema.modality import DataSchema, Record
 from draf_dist.schema.release import Head, Quarantine, ReleaseManifest, ReleaseStats, ShardRecord, Split
 from draf_dist.storage import MissingError, Store, open_store
+from draf_dist.storage.parquet import read_parquet
 
 HEAD = "HEAD.json"
 RELEASES = "releases"
@@ -184,7 +183,7 @@ def load_subjects(store: Store, manifest: ReleaseManifest) -> pa.Table:
         DataError: it is not there or not the one that the manifest names.
     """
     path = release_path(manifest.version, "subjects.parquet")
-    return pq.read_table(io.BytesIO(_read_checked(store, path, manifest.subjects_sha256, remedy=RESTORE)))
+    return read_parquet(_read_checked(store, path, manifest.subjects_sha256, remedy=RESTORE))
 
 
 def read_head(store: Store) -> tuple[Head, str] | None:

@@ -3,12 +3,13 @@
 A subject is one key over all sites and studies, so a connected component (everything that must stay together) is all studies of
 one subject key, at whichever sites they lie. Its stratum is one (site, label), because a component can be counted in one only: the
 first of its sites in alphabetical order, and the highest class index among its studies (in a binary task: whether the outcome ever
-occurred).
+occurred). Strata too small for the shares to come out even are counted together, by label.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from draf_dist.errors import DataError, explain
 from draf_dist.schema.release import Split
@@ -16,6 +17,9 @@ from draf_dist.schema.release import Split
 # Twentieths: 70 % / 15 % / 15 %, in the order in which ties are settled.
 SHARES: dict[Split, int] = {"train": 14, "val": 3, "test": 3}
 Stratum = tuple[str, int]
+# A stratum with fewer components shares its counts: the first of every stratum trains, so many hospitals with one death each would
+# leave none to validate and test on. After so many the shares come out even.
+SMALLEST_STRATUM = sum(SHARES.values())
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,16 @@ class StudyRow:
     subject: str
     site: str
     label: int
+
+
+class SplitRule(Protocol):
+    """How `prepare` divides subjects; `assign_splits` is the rule of all releases but those of a benchmark's folds."""
+
+    def __call__(
+        self, studies: Iterable[StudyRow], *, held_out_sites: frozenset[str], assigned: Mapping[str, Split] | None = None
+    ) -> dict[str, Split]:
+        """Component -> split; assigned is what an earlier release at the same URL decided."""
+        ...
 
 
 def component_of(subject: str) -> str:
@@ -42,14 +56,20 @@ def strata(studies: Iterable[StudyRow]) -> dict[str, Stratum]:
     return found
 
 
+def pooled(found: Mapping[str, Stratum]) -> dict[str, Stratum]:
+    """The same, but for strata of fewer than SMALLEST_STRATUM components: all of these with one label are one, of no site."""
+    sizes = Counter(found.values())
+    return {name: stratum if sizes[stratum] >= SMALLEST_STRATUM else ("", stratum[1]) for name, stratum in found.items()}
+
+
 def assign_splits(
     studies: Iterable[StudyRow], *, held_out_sites: frozenset[str], assigned: Mapping[str, Split] | None = None
 ) -> dict[str, Split]:
     """Component -> split.
 
     A component that touches a held-out site is `ood`. The others are taken in keyed-hash order (a pseudonym is one) within each
-    stratum, and each goes to the split furthest below its share of 70/15/15. `assigned` holds what an earlier release decided: it
-    stays, and counts.
+    stratum, small ones pooled, and each goes to the split furthest below its share of 70/15/15. `assigned` holds what an earlier
+    release decided: it stays, and counts.
 
     Raises:
         DataError: a component that an earlier release put into train, val or test now touches a held-out site, or the reverse.
@@ -60,15 +80,19 @@ def assign_splits(
     counts: dict[Stratum, Counter[Split]] = defaultdict(Counter)
     new: list[tuple[str, Stratum]] = []
     num_moved = 0
-    for component, stratum in sorted(strata(studies).items()):
+    found = strata(studies)
+    counted = pooled({component: stratum for component, stratum in found.items() if component not in held_out})
+    for component in sorted(found):
         if component in earlier:
             splits[component] = earlier[component]
-            counts[stratum][earlier[component]] += 1
             num_moved += (earlier[component] == "ood") != (component in held_out)
         elif component in held_out:
             splits[component] = "ood"
         else:
-            new.append((component, stratum))
+            new.append((component, counted[component]))
+    for component, stratum in counted.items():
+        if component in earlier:
+            counts[stratum][earlier[component]] += 1
     _refuse_moves(num_moved, held_out_sites)
     for component, stratum in new:
         splits[component] = furthest_below(counts[stratum])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from draf_dist.errors import DataError, explain
 from draf_dist.storage import Store
+from draf_dist.storage.parquet import read_parquet
 
 Array = NDArray[Any]
 
@@ -163,7 +164,7 @@ def write_predictions(store: Store, path: str, parts: Sequence[Predictions]) -> 
 
 def read_predictions(store: Store, path: str) -> list[Predictions]:
     """The predictions in a file, one entry per corruption, in the order written."""
-    table = pq.read_table(io.BytesIO(store.read(path)))
+    table = read_parquet(store.read(path))
     names = ("corruption", "corruption_index", "corrupted_modality")
     keys = list(zip(*(table[name].to_pylist() for name in names), strict=True))
     starts = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]

@@ -28,10 +28,12 @@ class VariableCounts:
 class TableCounts:
     """What became of the rows of one table.
 
-    rows: read. unmatched: of no study. bad_time: time missing or unreadable, left out. outside_window: too early or too late.
+    rows: read. not_wanted: left out by the card's `where`, and not among those read. unmatched: of no study. bad_time: time
+    missing or unreadable, left out. outside_window: too early or too late.
     """
 
     rows: int = 0
+    not_wanted: int = 0
     unmatched: int = 0
     bad_time: int = 0
     outside_window: int = 0

@@ -110,6 +110,10 @@ def _label_problems(card: Card) -> Iterator[str]:
     for name, label in card.labels.items():
         yield from _twice(f"labels: {name}: classes", label.classes)
         yield from _unknown(f"labels: {name}: values", label.values.values(), label.classes, "one of the classes")
+        studies = card.tables.get(card.studies.table)
+        for column in sorted(label.where.keys() & studies.where.keys()) if studies is not None else ():
+            expected, found = "columns that the table's own `where` lacks", f"{column!r} in both"
+            yield explain(f"labels: {name}: where", expected=expected, found=found, remedy="Take it out of one of them.")
 
 
 def _modality_problems(card: Card, modality: ModalityCard) -> Iterator[str]:

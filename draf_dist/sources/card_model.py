@@ -161,12 +161,14 @@ class LabelCard(CardPart):
     """A class label in a column of the studies table.
 
     classes: names in index order. values: what the cell says -> class (default: the cell says the class). A cell that is missing
-    or says something else leads to a rejection. Numbers compare as numbers: 1 and 1.0 are the same.
+    or says something else leads to a rejection. Numbers compare as numbers: 1 and 1.0 are the same. where: column -> values, as
+    that of a table: the rows of the studies table that count while this label is the chosen one.
     """
 
     column: str
     classes: tuple[str, ...] = Field(min_length=2)
     values: dict[str, str] = Field(default_factory=dict)
+    where: dict[str, Code] = Field(default_factory=dict)
 
 
 class VariableCard(CardPart):
@@ -338,6 +340,12 @@ class Card(CardPart):
     def chosen_label(self) -> LabelCard:
         """The label that `label` names."""
         return self.labels[self.label]
+
+    def table(self, name: str) -> TableCard:
+        """A table as it is read: that of the studies with the `where` of the chosen label beside its own."""
+        table = self.tables[name]
+        wanted = self.chosen_label.where if name == self.studies.table else {}
+        return table.model_copy(update={"where": {**table.where, **wanted}})
 
     @property
     def sha256(self) -> str:

@@ -173,14 +173,14 @@ class _Reader:
             self._tables = {kept: table for kept, table in self._tables.items() if self.is_shared(kept)}
             self._site = site
         if name not in self._tables:
-            self._tables[name] = read_table(self._find(name, site), self._card.tables[name], missing=self._card.missing)
+            self._tables[name] = read_table(self._find(name, site), self._card.table(name), missing=self._card.missing)
         return self._tables[name]
 
     def _find(self, name: str, site: str) -> TableFile:
         sites = self._card.sites.names() if self.is_shared(name) else (site,)
         columns = set().union(*(self._needed(one).get(name, set()) for one in sites))
         folder = self._card.sites.folder(site)
-        return find_table(self._raw, self._card.tables[name], site=site, folder=folder, columns=columns)
+        return find_table(self._raw, self._card.table(name), site=site, folder=folder, columns=columns)
 
     def _needed(self, site: str) -> dict[str, set[str]]:
         """Table -> columns that a site needs."""

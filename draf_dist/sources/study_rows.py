@@ -203,9 +203,10 @@ def count_rows(rows: MatchedRows, table: Table, counts: TableCounts, *, shared: 
     matched = len(np.unique(rows.position))
     if shared:
         counts.unmatched = max((counts.unmatched if counts.rows else table.num_rows) - matched, 0)
-        counts.rows = table.num_rows
+        counts.rows, counts.not_wanted = table.num_rows, table.not_wanted
     else:
         counts.rows += table.num_rows
+        counts.not_wanted += table.not_wanted
         counts.unmatched += table.num_rows - matched
 
 

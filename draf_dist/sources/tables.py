@@ -6,7 +6,7 @@ import gzip
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
@@ -34,7 +34,8 @@ FIRST_DATE_US, LAST_DATE_US = (int(np.datetime64(date, "us").astype(np.int64)) f
 class Table:
     """Rows of one file. columns: name (as the card calls it) -> text, blanks at the ends dropped.
 
-    row: int64 (n,), the number of each row as a spreadsheet shows it. missing: strings that mean "not known".
+    row: int64 (n,), the number of each row as a spreadsheet shows it. missing: strings that mean "not known". not_wanted: rows that
+    the card's `where` left out.
     """
 
     file: str
@@ -42,6 +43,7 @@ class Table:
     row: NDArray[np.int64]
     missing: tuple[str, ...]
     decimal: str = "."
+    not_wanted: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -335,10 +337,5 @@ def _filtered(table: Table, card: TableCard) -> Table:
     if keep.all():
         return table
     mask = pa.array(keep)
-    return Table(
-        table.file,
-        {name: values.filter(mask) for name, values in table.columns.items()},
-        table.row[keep],
-        table.missing,
-        table.decimal,
-    )
+    columns = {name: values.filter(mask) for name, values in table.columns.items()}
+    return replace(table, columns=columns, row=table.row[keep], not_wanted=int((~keep).sum()))

@@ -28,7 +28,7 @@ from draf_dist.training.run import attempt, begin, train
 from draf_dist.training.run_folder import open_run
 from draf_dist.training.torch_engine import OneProcess
 
-WORLDS = (2, 3)
+WORLDS = (3,)
 
 
 @dataclass
@@ -127,7 +127,7 @@ def test_one_attempt_of_many_ranks_is_one_in_the_books(ranks: Path) -> None:
     assert ledger[0]["world"] in WORLDS
 
 
-@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 3), (3, 2)])
+@pytest.mark.parametrize(("first", "second"), [(1, 3), (3, 2)])
 def test_another_number_of_ranks_carries_a_run_on(job: FinetuneJob, alone: Path, tmp_path: Path, first: int, second: int) -> None:
     out = tmp_path / "run"
     if first == 1:
@@ -136,10 +136,7 @@ def test_another_number_of_ranks_carries_a_run_on(job: FinetuneJob, alone: Path,
     else:
         on_ranks(job, out, first, stop_at=5, stage=3)
     assert len(lines(out, "step")) == 5
-    if second == 1:
-        assert train(job, str(out), console=silent()).finished
-    else:
-        on_ranks(job, out, second, stage=1)
+    on_ranks(job, out, second, stage=1)
     assert_near(out, alone)
     expected = open_release(job.release).manifest.receipts["train"]
     assert receipts_by_epoch(open_run(str(out)).ledger()) == dict.fromkeys(range(job.epochs), expected)

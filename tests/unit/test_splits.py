@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draf_dist.data.splits import SHARES, StudyRow, assign_splits, furthest_below, strata
+from draf_dist.data.splits import SHARES, StudyRow, assign_splits, furthest_below, pooled, strata
 from draf_dist.errors import DataError
 
 ROWS = st.lists(
@@ -23,12 +23,24 @@ def off_target(counts: dict[str, int]) -> float:
 
 @given(ROWS)
 @settings(max_examples=60, deadline=None)
-def test_every_stratum_is_within_one_subject_of_its_target(rows: list[StudyRow]) -> None:
+def test_every_stratum_small_ones_together_is_within_one_subject_of_its_target(rows: list[StudyRow]) -> None:
     splits = assign_splits(rows, held_out_sites=frozenset())
     by_stratum: dict[tuple[str, int], Counter[str]] = {}
-    for component, stratum in strata(rows).items():
+    for component, stratum in pooled(strata(rows)).items():
         by_stratum.setdefault(stratum, Counter())[splits[component]] += 1
     assert all(off_target(counts) < 1 for counts in by_stratum.values())
+
+
+def test_a_death_in_each_of_many_hospitals_reaches_validation_and_test() -> None:
+    rows = [
+        StudyRow(f"{hospital:03d}{patient:02d}", str(hospital), int(patient == 0))
+        for hospital in range(40)
+        for patient in range(10)
+    ]
+    splits = assign_splits(rows, held_out_sites=frozenset())
+    deaths, all_of_them = (Counter(splits[row.subject] for row in rows if row.label >= least) for least in (1, 0))
+    assert deaths == {"train": 28, "val": 6, "test": 6}
+    assert all_of_them == {"train": 280, "val": 60, "test": 60}
 
 
 @given(ROWS)

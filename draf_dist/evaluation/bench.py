@@ -1,0 +1,248 @@
+"""`draf bench`: systems x folds x seeds through an executor, then one table."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from draf_dist.config.spec import fingerprint
+from draf_dist.data.receipts import receipt
+from draf_dist.data.release import Release
+from draf_dist.errors import DrafError, together
+from draf_dist.evaluation import bench_folds as folds
+from draf_dist.evaluation.baselines import BaselineConfig
+from draf_dist.evaluation.bench_cell import Cell, CellResult, fold_predictions, is_finished, read_result, run_cell
+from draf_dist.evaluation.bench_folds import FoldPlan
+from draf_dist.evaluation.bench_job import BenchJob
+from draf_dist.evaluation.bench_report import markdown
+from draf_dist.evaluation.bench_results import Bench, BenchAbout, Row
+from draf_dist.evaluation.bench_scores import (
+    Pooled,
+    auroc_by_fold,
+    auroc_by_seed,
+    differences_of,
+    floor_of,
+    metrics_of,
+    pool,
+    replicate,
+)
+from draf_dist.evaluation.executor import Done, Executor, Failed
+from draf_dist.evaluation.statistics import Floats, Resamples, Rows
+from draf_dist.sources.card import AnyCard, load_card
+from draf_dist.storage import Store, open_store
+from draf_dist.training.job import FinetuneJob
+from draf_dist.training.jobs import git_commit
+from draf_dist.training.run import RUNS
+
+RESULT, REPORT, CELLS = "bench.json", "results.md", "cells"
+Finished = tuple[Cell, CellResult]
+
+
+class Progress(Protocol):
+    """Who is told how it goes."""
+
+    def fold(self, number: int, num_folds: int) -> None:
+        """A fold's release is there."""
+        ...
+
+    def cell(self, cell: Cell, result: CellResult, finished: int, total: int) -> None:
+        """A cell is finished; `finished` counts those of earlier calls too."""
+        ...
+
+    def failed(self, cell: Cell, message: str) -> None:
+        """A cell failed; the others go on."""
+        ...
+
+    def scoring(self) -> None:
+        """All cells are there; intervals are being computed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A benchmark whose folds are there. uids: of the studies that each fold counts."""
+
+    job: BenchJob
+    card: AnyCard
+    store: Store
+    plan: FoldPlan
+    releases: tuple[Release, ...]
+    cells: tuple[Cell, ...]
+
+
+def default_folder(job: BenchJob, subject_key: bytes) -> str:
+    """runs/<name>-<8 hex of what decides the folds>: a changed system stays in the folder, and only its cells are repeated."""
+    return f"{RUNS}/{job.name}-{_identity(job, load_card(job.card), subject_key)[:8]}"
+
+
+def prepare_bench(job: BenchJob, raw: Path, out: str, subject_key: bytes, progress: Progress) -> Prepared:
+    """The folds and their releases, made where they are not there yet, and the cells, none of them run.
+
+    Raises:
+        SpecError: the card or a system is wrong; the folder holds another benchmark.
+        DataError: the raw export is bad; folds of different exports; a subject of a fold in its training.
+    """
+    card, store = load_card(job.card), open_store(out)
+    plan = folds.make_plan(card, raw, _identity(job, card, subject_key), job.folds, job.fold_seed, store)
+    releases = []
+    for number in range(job.folds):
+        releases.append(folds.fold_release(card, raw, plan, number, store, subject_key))
+        progress.fold(number + 1, job.folds)
+    return Prepared(job, card, store, plan, tuple(releases), cells_of(job, releases, store.url))
+
+
+def cells_of(job: BenchJob, releases: Sequence[Release], out: str) -> tuple[Cell, ...]:
+    """Every cell: seed by seed, so that a first table is there soonest; baselines have one seed."""
+    works: list[tuple[str, FinetuneJob | BaselineConfig, tuple[int, ...]]]
+    works = [(name, work, job.seeds) for name, work in job.jobs(job.name).items()]
+    works += [(baseline.kind, baseline, (0,)) for baseline in job.baselines]
+    seeds = dict.fromkeys(seed for _, _, own in works for seed in own)
+    folder = f"{out.rstrip('/')}/{CELLS}"
+    return tuple(
+        Cell(name, number, seed, work, release.pinned_url, job.passes, job.batch_size, folder)
+        for seed in seeds
+        for name, work, own in works
+        if seed in own
+        for number, release in enumerate(releases)
+    )
+
+
+def run_bench(prepared: Prepared, executor: Executor, progress: Progress) -> Bench:
+    """Runs what is not finished, then writes bench.json and results.md. Finished cells are only read.
+
+    Raises:
+        DrafError: cells that failed, all of them in one message, after all others have been finished.
+        InterruptedRunError: it was asked to stop; the same command goes on.
+    """
+    _run_cells(prepared, executor, progress)
+    progress.scoring()
+    found = score(prepared)
+    prepared.store.write(RESULT, found.model_dump_json(indent=1).encode() + b"\n")
+    prepared.store.write(REPORT, markdown(found).encode())
+    return found
+
+
+def score(prepared: Prepared) -> Bench:
+    """The table of a benchmark whose cells are all finished.
+
+    Raises:
+        DataError: a study that is not predicted exactly once, or by a model that may have seen its subject.
+    """
+    job = prepared.job
+    found = [(cell, _result(cell)) for cell in prepared.cells]
+    pooled = _pool(prepared, found)
+    reference = pooled[job.reference][0]
+    subject = _subject_numbers(prepared.releases[0], reference)
+    resamples = Resamples(subject, replicates=job.bootstrap, seed=job.bootstrap_seed)
+    replicates = replicate(pooled, resamples)
+    rows = [_row(name, pooled[name], replicates, [pair for pair in found if pair[0].system == name], job) for name in job.names]
+    return Bench(about=_about(prepared, reference, resamples.num_subjects), rows=tuple(rows))
+
+
+def _identity(job: BenchJob, card: AnyCard, subject_key: bytes) -> str:
+    return folds.identity_of(card, job.folds, job.fold_seed, subject_key)
+
+
+def _run_cells(prepared: Prepared, executor: Executor, progress: Progress) -> None:
+    cells = prepared.cells
+    waiting = [cell for cell in cells if not is_finished(cell)]
+    finished, failures = len(cells) - len(waiting), []
+    for outcome in executor.map(run_cell, waiting):
+        cell = waiting[outcome.index]
+        if isinstance(outcome, Done):
+            finished += 1
+            progress.cell(cell, outcome.value, finished, len(cells))
+        else:
+            failures.append((cell, outcome))
+            progress.failed(cell, outcome.message)
+    if failures:
+        raise _all_failures(failures, finished, len(cells))
+
+
+class _Traces(Exception):  # noqa: N818
+    """The tracebacks of other processes, shown with --debug as the cause of the error."""
+
+
+def _all_failures(failures: Sequence[tuple[Cell, Failed]], finished: int, total: int) -> DrafError:
+    lines = [f"{cell.name}: {failed.message}" for cell, failed in sorted(failures, key=lambda pair: pair[1].index)]
+    last = f"{finished} of {total} cells are finished, {len(failures)} failed. The same command tries these again."
+    error = DrafError(together([*lines, last]))
+    error.__cause__ = _Traces("\n".join(failed.trace for _, failed in failures))
+    return error
+
+
+def _result(cell: Cell) -> CellResult:
+    found = read_result(open_store(cell.url), cell)
+    assert found is not None
+    return found
+
+
+def _pool(prepared: Prepared, found: Sequence[Finished]) -> dict[str, tuple[Pooled, ...]]:
+    """System -> out-of-fold predictions of every seed, in the order of prepared.cells: by seed, then by fold."""
+    everything = folds.all_uids(prepared.releases)
+    own = [folds.check_fold(release, fold) for release, fold in zip(prepared.releases, prepared.plan.folds, strict=True)]
+    groups: dict[tuple[str, int], list[Finished]] = defaultdict(list)
+    for cell, result in found:
+        groups[cell.system, cell.seed].append((cell, result))
+    pooled: dict[str, tuple[Pooled, ...]] = defaultdict(tuple)
+    for (system, _), pairs in groups.items():
+        parts, temperatures = [fold_predictions(cell) for cell, _ in pairs], [result.temperature.value for _, result in pairs]
+        pooled[system] += (pool(parts, temperatures, own, everything=everything).labelled(),)
+    return dict(pooled)
+
+
+def _subject_numbers(release: Release, pooled: Pooled) -> Rows:
+    """Numbers in the order of the pooled studies, equal for studies of one subject; pseudonyms stay in the release."""
+    table = release.subjects()
+    _, numbers = np.unique(table["subject"].to_numpy(zero_copy_only=False), return_inverse=True)
+    of_uid = dict(zip(table["uid"].to_pylist(), numbers.tolist(), strict=True))
+    return np.array([of_uid[int(uid)] for uid in pooled.uid])
+
+
+def _row(
+    name: str,
+    seeds: Sequence[Pooled],
+    replicates: Mapping[str, Mapping[str, Floats]],
+    found: Sequence[Finished],
+    job: BenchJob,
+) -> Row:
+    by_fold = auroc_by_fold(seeds, job.folds)
+    known = [value for value in by_fold if value is not None]
+    return Row(
+        system=name,
+        is_baseline=name not in job.systems,
+        seeds=tuple(dict.fromkeys(cell.seed for cell, _ in found)),
+        metrics=metrics_of(replicates[name]),
+        differences={} if name == job.reference else differences_of(replicates[name], replicates[job.reference]),
+        ece_floor=floor_of(seeds, job.bootstrap_seed),
+        auroc_by_seed=auroc_by_seed(seeds),
+        auroc_by_fold=by_fold,
+        auroc_median_fold=float(np.median(known)) if known else None,
+        temperatures=tuple(result.temperature.value for _, result in found),
+        wall_s=float(np.mean([result.wall_s for _, result in found])),
+    )
+
+
+def _about(prepared: Prepared, pooled: Pooled, num_subjects: int) -> BenchAbout:
+    job, schema = prepared.job, prepared.releases[0].schema
+    return BenchAbout(
+        name=job.name,
+        job_sha256=fingerprint(job),
+        data=prepared.card.name,
+        card_sha256=prepared.card.sha256,
+        label=schema.label.name,
+        classes=schema.label.classes,
+        num_studies=len(pooled.uid),
+        num_subjects=num_subjects,
+        num_sites=sum(len(fold.sites) for fold in prepared.plan.folds),
+        class_counts=tuple(int(count) for count in np.bincount(pooled.label, minlength=schema.num_classes)),
+        uid_sum=receipt(pooled.uid).uid_sum,
+        folds=prepared.plan.folds,
+        releases=tuple(release.version for release in prepared.releases),
+        reference=job.reference,
+        bootstrap=job.bootstrap,
+        git_commit=git_commit(),
+    )
