@@ -8,7 +8,7 @@ DEMO_DIR ?= demo
 export OMP_NUM_THREADS ?= 1
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: install test demo lint bench study clean
+.PHONY: install test demo lint bench study study-pretraining clean
 
 install: $(STAMP)
 
@@ -36,6 +36,10 @@ bench: $(STAMP)
 # Regret against the planted truth: docs/results.md. About half an hour on two cores.
 study: $(STAMP)
 	$(BIN)/python benchmarks/planted_truth.py
+
+# With and without pre-training, at shares of the labels: docs/results.md. Needs the eICU demo (docs/data.md); about half an hour.
+study-pretraining: $(STAMP)
+	$(BIN)/python benchmarks/pretraining.py $(if $(EICU),--eicu $(EICU))
 
 clean:
 	rm -rf $(VENV) $(DEMO_DIR) build *.egg-info

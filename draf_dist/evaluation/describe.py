@@ -58,7 +58,7 @@ class Context:
 def describe_split(predictions: Predictions, context: Context) -> SplitResult:
     """Everything that is reported of one clean split."""
     known = predictions.labelled()
-    resamples = context.resamples(known)
+    resamples = context.resamples(known, _replicates(known))
     raw, scaled = context.scored(known, scaled=False), context.scored(known, scaled=True)
     num_classes, label = len(predictions.classes), known.target
     two_classes = num_classes == 2
@@ -180,8 +180,13 @@ def _patterns(known: Predictions, context: Context) -> tuple[Group, ...]:
     return tuple(sorted(groups, key=lambda group: (-group.num_studies, group.name)))
 
 
+def _replicates(part: Predictions) -> int | None:
+    """None is what the job says; too small a group has none."""
+    return None if part.num_studies >= SMALLEST_GROUP else 0
+
+
 def _group(part: Predictions, name: str, present: tuple[bool, ...], context: Context) -> Group:
-    resamples = context.resamples(part, None if part.num_studies >= SMALLEST_GROUP else 0)
+    resamples = context.resamples(part, _replicates(part))
     return Group(
         name=name,
         present=present,

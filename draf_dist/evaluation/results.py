@@ -121,7 +121,10 @@ class Cell(Record):
 
 
 class Sweep(Record):
-    """All cells of the robustness sweep. clean: the same studies and passes without corruption."""
+    """All cells of the robustness sweep. clean: the same studies and passes without corruption.
+
+    left_out: operations that mean nothing on this split.
+    """
 
     split: str
     passes: int
@@ -130,6 +133,7 @@ class Sweep(Record):
     clean_reliability: dict[str, float | None]
     cells: tuple[Cell, ...]
     removals: tuple[Cell, ...]
+    left_out: tuple[str, ...] = ()
 
 
 class Signal(Record):

@@ -64,12 +64,13 @@ class Sweeper:
     ) -> None:
         self.release, self.corruptor, self.predictor, self.context, self.settings = release, corruptor, predictor, context, settings
         clean = list(map(corruptor.normaliser, evaluation_batches(release, settings.split, context.job.batch_size)))
+        self._left_out = _impossible(settings.operations, clean)
         self._chosen = _smallest_uids(clean, settings.max_studies)
         self._clean = list(self._only_chosen(clean))
 
     def run(self, on_cell: Callable[[int, int], None]) -> SweepRun:
         """All cells; on_cell(done, total) is called after each."""
-        todo = cases(self.settings, self.predictor.schema)
+        todo = [case for case in cases(self.settings, self.predictor.schema) if case.operation.kind not in self._left_out]
         removals = self._removals()
         total = len(todo) + len(removals)
         clean = self._predict(self._clean, Applied())
@@ -90,6 +91,7 @@ class Sweeper:
             clean_reliability=mean_reliability(clean),
             cells=tuple(self._cell(reference, part, case) for part, case in zip(corrupted, todo, strict=True)),
             removals=tuple(self._removal(reference, part) for part in removed),
+            left_out=self._left_out,
         )
         return SweepRun(result, clean, tuple(corrupted), tuple(removed))
 
@@ -163,6 +165,13 @@ class Sweeper:
             reliability=mean_reliability(known),
             corruption_probability=masked_means(known, known.corruption_probability),
         )
+
+
+def _impossible(operations: Sequence[AnyOperation], clean: Sequence[Batch]) -> tuple[str, ...]:
+    """Operations that ask who is sicker, on a small split where all have one label."""
+    labels = {label for batch in clean for label in batch.target.label[batch.weight > 0].tolist()}
+    asking = [part.kind for part in operations if isinstance(part, MissingNotAtRandom) and part.score == "label"]
+    return tuple(asking) if len(labels) < 2 else ()
 
 
 def _scopes(operation: AnyOperation, schema: DataSchema) -> list[str | None]:

@@ -92,6 +92,12 @@ def _split_warnings(split: SplitResult) -> list[str]:
             f"Split {split.split}: the rarest class has {rarest} studies. Intervals are wide; "
             "compare models by paired differences only."
         )
+    auroc = split.scaled["auroc"]
+    if auroc.low is not None and auroc.low == auroc.high:
+        found.append(
+            f"Split {split.split}: every resample has the same AUROC, {auroc.value:.3f}. Its interval has no width because the "
+            f"{split.num_subjects} subjects are too few to bound it, not because it is certain."
+        )
     if split.num_unlabelled:
         found.append(f"Split {split.split}: {split.num_unlabelled} studies without a label were predicted but are in no metric.")
     ece, floor = split.scaled["ece"].value, split.ece_floor.high
@@ -122,6 +128,10 @@ def _sweep_warnings(sweep: Sweep, splits: Sequence[SplitResult]) -> list[str]:
     found = []
     if total > sweep.num_studies:
         found.append(f"The sweep used {sweep.num_studies} of the {total} studies of {sweep.split}, to bound its cost.")
+    found += [
+        f"The sweep leaves out {operation}: all studies of {sweep.split} have one label, so none counts as sicker."
+        for operation in sweep.left_out
+    ]
     worst = _worst(sweep.cells)
     if worst is not None:
         loss = worst.metrics["auroc_difference"]

@@ -177,6 +177,14 @@ def test_every_mistake_is_told_with_its_place(card_path: Path, old: str, new: st
     assert all(line.startswith(str(card_path)) for line in found.splitlines())
 
 
+def test_a_column_is_chosen_by_the_table_or_by_the_label_not_by_both(card_path: Path) -> None:
+    text = CARD.replace("static: true}", "static: true, where: {outcome: [survived, died]}}")
+    card_path.write_text(text.replace("classes: [survived, died]}", "classes: [survived, died], where: {outcome: died}}"))
+    found = problems(card_path)
+    assert found.startswith(f"{card_path}: labels: death: where: expected columns")
+    assert "found 'outcome' in both" in found
+
+
 def test_a_site_column_needs_no_folders(card_path: Path) -> None:
     text = CARD.replace("{site}/", "").replace(
         "sites: {folders: [north, south]}", "sites: {column: ward, groups: {north: N, south: [S, SS]}, other: rest}"

@@ -571,6 +571,21 @@ def test_the_label_is_a_choice_and_an_unlisted_site_is_rejected(tmp_path: Path) 
     assert ("metadata.csv row 7", "unknown site") in [(r.where, r.reason) for r in rejections]
 
 
+def test_the_rows_of_a_label_count_for_that_label_alone_and_the_others_are_counted(tmp_path: Path) -> None:
+    write_collection(tmp_path)
+    card = COLLECTION.replace("values: {N: no, Y: yes}}", "values: {N: no, Y: yes}, where: {went_icu: [Y, N]}}")
+    studies, _ = read(tmp_path, card=card)
+    assert [s.subject for s in studies] == ["1", "2", "4"]
+    tree = parse_yaml(card, where="card")
+    apply_overrides(tree, ["label=icu"])
+    export = HospitalExport(validate_spec(tree, Card, where="card"), tmp_path)
+    items = list(export.studies())
+    assert [s.subject for s in items if isinstance(s, Study)] == ["1", "2"]
+    assert {item.reason for item in items if isinstance(item, Rejection)} == {"bad time"}
+    # One row of a CT, and one of an X-ray of which nobody knows whether the patient went to the ICU.
+    assert export.counts.tables["clinic.metadata"].not_wanted == 2
+
+
 def test_joined_by_subject_earlier_days_count_and_later_ones_do_not(tmp_path: Path) -> None:
     write_collection(tmp_path)
     card = COLLECTION.replace("  metadata: {", "  pictures: {path: metadata.csv, subject: patientid, time: offset}\n  metadata: {")

@@ -33,11 +33,11 @@ def test_a_table_comes_back_as_it_was_written() -> None:
 
 
 def test_a_program_that_ends_right_after_reading_does_not_abort(tmp_path: Path) -> None:
-    """With a buffer of Python's own about every third one did, so six all but always show it."""
+    """With a buffer of Python's own about every third one did, so four mostly show it."""
     (tmp_path / "table.parquet").write_bytes(content())
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "table.parquet")]
     ended = []
-    for _ in range(3):
+    for _ in range(2):
         pair = [subprocess.Popen(command) for _ in range(2)]
         ended += [process.wait(60) for process in pair]
-    assert ended == [0] * 6
+    assert ended == [0] * 4

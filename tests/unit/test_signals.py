@@ -58,3 +58,16 @@ def test_few_studies_of_a_class_and_bad_temperatures_are_named() -> None:
     warnings = find_warnings(EvaluateJob(), noted, evaluation(bootstrap=0).splits, (), None)
     assert warnings[0] == "Temperature: at the upper end of its range."
     assert any("rarest class has" in warning for warning in warnings)
+
+
+def test_an_interval_without_width_is_called_too_few_subjects_and_one_of_nine_studies_is_not_given() -> None:
+    made, _ = studies(12, seed=3)
+    target = (np.arange(12) % 3 == 0).astype(np.int64)
+    perfect = np.stack([np.where(target, 0.2, 0.8), np.where(target, 0.8, 0.2)], axis=1).astype(np.float32)
+    separated = changed(made, target=target, probability=perfect)
+    split = describe_split(separated, context(None))
+    assert (split.scaled["auroc"].value, split.scaled["auroc"].low, split.scaled["auroc"].high) == (1, 1, 1)
+    assert any("too few to bound it" in warning for warning in find_warnings(EvaluateJob(), FITTED, [split], (), None))
+    fewer = describe_split(separated.rows(np.arange(9)), context(None))
+    assert (fewer.scaled["nll"].low, fewer.num_subjects) == (None, 9)
+    assert not any("too few" in warning for warning in find_warnings(EvaluateJob(), FITTED, [fewer], (), None))
