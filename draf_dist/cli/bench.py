@@ -13,6 +13,8 @@ from draf_dist.cli.subject_key import subject_key
 from draf_dist.errors import SpecError, explain
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from draf_dist.evaluation.bench_cell import Cell, CellResult
     from draf_dist.evaluation.bench_job import BenchJob
     from draf_dist.evaluation.bench_results import Bench
@@ -71,12 +73,19 @@ def print_bench(bench: "Bench") -> None:
     """The table and the differences to the reference."""
     from draf_dist.evaluation.bench_report import COLUMNS, DIFFERENCES, cells_of, difference_cells_of
 
+    # As many columns as a terminal of 80 shows without breaking names; the report has all.
+    shown = [COLUMNS.index(name) for name in ("system", "AUROC", "NLL", "ECE (floor)")]
+    differing_shown = [DIFFERENCES.index(name) for name in ("system", "AUROC", "NLL")]
     about = bench.about
     title = f"{about.name}: {about.num_studies} studies out of fold, with 95 % intervals over subjects"
-    console.print(table(title, COLUMNS, [cells_of(row) for row in bench.rows]))
+    console.print(_some(title, COLUMNS, [cells_of(row) for row in bench.rows], shown))
     differing = [difference_cells_of(row) for row in bench.rows if row.differences]
     if differing:
-        console.print(table(f"difference to {about.reference}, paired", DIFFERENCES, differing))
+        console.print(_some(f"difference to {about.reference}, paired", DIFFERENCES, differing, differing_shown))
+
+
+def _some(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], shown: list[int]) -> "Table":
+    return table(title, [columns[number] for number in shown], [[row[number] for number in shown] for row in rows])
 
 
 def _describe(spec: "BenchJob", folder: str, *, json: bool) -> None:

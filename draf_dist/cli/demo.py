@@ -17,7 +17,7 @@ from draf_dist.cli.demo_checks import PRETRAINED, REFERENCE, RUN
 from draf_dist.cli.evaluate import print_evaluation
 from draf_dist.cli.output import JsonOption, console, errors, print_json, table
 from draf_dist.cli.subject_key import PUBLIC_KEY
-from draf_dist.errors import SpecError, explain
+from draf_dist.errors import InterruptedRunError, SpecError, explain
 
 if TYPE_CHECKING:
     from draf_dist.cli.demo_kill import Kill
@@ -62,6 +62,9 @@ def demo(
     try:
         os.environ.update(server.environment)
         evaluation, facts = _road(out.absolute(), server.create_bucket("demo"), stages, subjects=subjects, seed=seed)
+    except InterruptedRunError as error:
+        remedy = "The demo starts anew at the next call; a training of your own would continue."
+        raise InterruptedRunError(explain("demo", expected="to finish", found="a signal", remedy=remedy)) from error
     finally:
         server.stop()
     facts |= {"seconds": stages.seconds, "total_seconds": round(time.perf_counter() - began, 2)}

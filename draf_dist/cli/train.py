@@ -32,13 +32,18 @@ def train(
     from draf_dist.training.jobs import load_job
     from draf_dist.training.pin import pin
     from draf_dist.training.run import RUNS
+    from draf_dist.training.stages import build_stage
+    from draf_dist.training.torch_engine import OneProcess
 
     spec = load_job(job, overrides or ())
     where = OneProcessProfile() if profile is None else load_profile(profile)
     if dry_run:
         pinned = pin(spec)
         url = out or f"{RUNS}/{pinned.run_name}"
-        num_train = open_release(pinned.release).manifest.receipts["train"].count
+        release = open_release(pinned.release)
+        # What a rank would refuse: encoders that don't fit, modalities that are not there.
+        build_stage(pinned, release, OneProcess())
+        num_train = release.manifest.receipts["train"].count
         if json:
             print_json({"run": url, "release": pinned.release, "num_train": num_train})
         else:

@@ -11,7 +11,7 @@ import numpy as np
 from draf_dist.config.spec import fingerprint
 from draf_dist.data.receipts import receipt
 from draf_dist.data.release import Release
-from draf_dist.errors import DrafError, together
+from draf_dist.errors import DrafError, SpecError, explain, together
 from draf_dist.evaluation import bench_folds as folds
 from draf_dist.evaluation.baselines import BaselineConfig
 from draf_dist.evaluation.bench_cell import Cell, CellResult, fold_predictions, is_finished, read_result, run_cell
@@ -31,6 +31,7 @@ from draf_dist.evaluation.bench_scores import (
 )
 from draf_dist.evaluation.executor import Done, Executor, Failed
 from draf_dist.evaluation.statistics import Floats, Resamples, Rows
+from draf_dist.schema.modality import ImageSpec
 from draf_dist.sources.card import AnyCard, load_card
 from draf_dist.storage import Store, open_store
 from draf_dist.training.job import FinetuneJob
@@ -91,6 +92,11 @@ def prepare_bench(job: BenchJob, raw: Path, out: str, subject_key: bytes, progre
     for number in range(job.folds):
         releases.append(folds.fold_release(card, raw, plan, number, store, subject_key))
         progress.fold(number + 1, job.folds)
+        _check_baselines(job, releases[0])
+    # Before anything is trained: what was paid for must be of use.
+    folds.all_uids(releases)
+    for release, fold in zip(releases, plan.folds, strict=True):
+        folds.check_fold(release, fold)
     return Prepared(job, card, store, plan, tuple(releases), cells_of(job, releases, store.url))
 
 
@@ -140,6 +146,13 @@ def score(prepared: Prepared) -> Bench:
     replicates = replicate(pooled, resamples)
     rows = [_row(name, pooled[name], replicates, [pair for pair in found if pair[0].system == name], job) for name in job.names]
     return Bench(about=_about(prepared, reference, resamples.num_subjects), rows=tuple(rows))
+
+
+def _check_baselines(job: BenchJob, release: Release) -> None:
+    images = [spec.name for spec in release.schema.modalities if isinstance(spec, ImageSpec)]
+    if job.baselines and images:
+        found, remedy = f"images ({', '.join(images)})", "Leave `baselines` empty for data with images."
+        raise SpecError(explain("baselines", expected="tables and series only", found=found, remedy=remedy))
 
 
 def _identity(job: BenchJob, card: AnyCard, subject_key: bytes) -> str:

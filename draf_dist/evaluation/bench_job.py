@@ -79,6 +79,7 @@ class BenchJob(Spec):
                 problems.append(str(error))
             else:
                 problems += [_seen_before(place)] if found[name].pretrained else []
+                problems += [_fewer_labels(place)] if self.baselines and found[name].label_fraction < 1 else []
         if problems:
             raise SpecError(together(dict.fromkeys(problems)))
         return found
@@ -105,6 +106,11 @@ def _merged(common: Tree, own: Tree) -> Tree:
 
 def _given(place: str) -> str:
     return explain(place, expected="no such key", found="one", remedy="The benchmark gives it to every system.")
+
+
+def _fewer_labels(place: str) -> str:
+    remedy = "Baselines are trained on all labels of the same table: leave `baselines` empty, or the fraction out."
+    return explain(f"{place}.label_fraction", expected="1", found="less", remedy=remedy)
 
 
 def _seen_before(place: str) -> str:

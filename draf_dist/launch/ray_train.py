@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
@@ -33,12 +34,13 @@ LENT = "AWS_"
 
 @dataclass(frozen=True)
 class RankTask:
-    """What every rank is told."""
+    """What every rank is told. folder: the command's own, where all ranks are on its machine: relative paths mean the same."""
 
     url: str
     profile: RayProfile
     desk: Desk
     settings: dict[str, str]
+    folder: str | None
     version: str = draf_dist.__version__
 
 
@@ -79,7 +81,8 @@ def train_on_ray(
         watch(desk)
         # Entered last: Ray sets signal handlers of its own when a cluster is joined.
         interrupt = stack.enter_context(Interrupt())
-        return _carry_out(RankTask(folder.url, profile, desk, cluster.settings), console, interrupt)
+        here = str(Path.cwd()) if cluster.is_this_machine else None
+        return _carry_out(RankTask(folder.url, profile, desk, cluster.settings, here), console, interrupt)
 
 
 def run_rank(task: RankTask) -> RunResult | InterruptedRunError:
@@ -90,6 +93,8 @@ def run_rank(task: RankTask) -> RunResult | InterruptedRunError:
     """
     rank = train.get_context().get_world_rank()
     os.environ.update(task.desk.arrive(rank))
+    if task.folder is not None:
+        os.chdir(task.folder)
     _check_version(task.version)
     torch.set_num_threads(task.profile.threads)
     # DeepSpeed looks for an accelerator when it is imported.
@@ -125,6 +130,9 @@ def _carry_out(task: RankTask, console: Console, interrupt: Interrupt) -> RunRes
         if interrupt.requested and not asked:
             asked = True
             task.desk.ask_to_stop(interrupt.requested)
+            if not task.desk.arrivals():
+                raise _never_began(task.url, interrupt.requested)
+            console.print("Stopping after the step in hand, with a checkpoint; a second signal ends at once.")
     _show(task.desk.lines_after(shown), console)
     if ended.error is not None:
         raise as_draf_error(ended.error, task.url, task.profile.max_failures) from ended.error
@@ -132,6 +140,11 @@ def _carry_out(task: RankTask, console: Console, interrupt: Interrupt) -> RunRes
         raise ended.value
     assert isinstance(ended.value, RunResult)
     return ended.value
+
+
+def _never_began(url: str, signal: str) -> InterruptedRunError:
+    remedy = "The same command continues."
+    return InterruptedRunError(explain(url, expected="workers to start", found=f"{signal} before any did", remedy=remedy))
 
 
 @dataclass
@@ -192,7 +205,7 @@ def _check_version(driver: str) -> None:
 
 
 _FIT = {
-    # Relative paths of a job mean the same in a worker; and nobody reads these metrics.
+    # A rank goes to the command's folder itself; and nobody reads these metrics.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }

@@ -106,7 +106,15 @@ class Finetuning:
 
 
 def build_finetuning(job: FinetuneJob, release: Release, device: torch.device) -> Finetuning:
-    """Everything a run needs, with the parameters that the seed and the pre-trained encoders give."""
+    """Everything a run needs, with the parameters that the seed and the pre-trained encoders give.
+
+    Raises:
+        SpecError: label_fraction leaves no label; a pre-trained encoder that is not there or does not fit.
+    """
+    counts = class_counts(job, release)
+    if not counts.any():
+        found = f"none of {release.manifest.receipts['train'].count}"
+        raise SpecError(explain("label_fraction", expected="at least one label", found=found, remedy="Set a larger share."))
     normaliser = Normaliser(release.schema, release.stats)
     model = new_model(job, release)
     start_from(model, job.pretrained, release.schema, job.model.encoders, job.model.width)

@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 class Interrupt:
     """While entered, remembers that a signal came instead of dying of it. A second one acts as it would have before.
 
-    Only the main thread can be told of signals; elsewhere this does nothing.
+    Only the main thread can be told of signals; elsewhere this does nothing. A signal that is ignored stays ignored.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -20,7 +20,9 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
-                self._before[number] = signal.signal(number, self._remember)
+                # Whoever started this process may have decided that it is not to hear of one.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -1,5 +1,6 @@
 """The specs of training jobs: what all of them have, and fine-tuning."""
 
+import re
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -11,6 +12,8 @@ from draf_dist.errors import SpecError, explain
 from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.objectives.fusion import FusionObjectiveConfig
+
+PINNED = re.compile(r"@(?:[0-9a-f]{16}|[0-9a-f]{64})$")
 
 
 class OptimizerConfig(Spec):
@@ -97,12 +100,12 @@ class FinetuneJob(TrainJob):
 
 
 def without_secret(key: str, url: str) -> str:
-    """The URL, if it holds no credentials.
+    """The URL, if it holds no credentials. What pins it (`@` and hex digits at its end) is none, also where it names a bucket.
 
     Raises:
         SpecError: it does. Not a ValueError: pydantic's own message would repeat the value.
     """
-    if "@" in urlsplit(url).netloc:
+    if "@" in urlsplit(PINNED.sub("", url)).netloc:
         remedy = "Put them into the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY."
         raise SpecError(explain(key, expected="a URL without credentials", found="one with", remedy=remedy))
     return url

@@ -116,9 +116,12 @@ def enter_run(url: str, job: AnyJob, start: Start) -> RunFolder:
         clear(store)
     if store.exists(JOB):
         found = open_run(url)
-        if found.job.sha256 != job.sha256:
+        if found.job.sha256 == job.sha256:
+            return found
+        if store.list() != [JOB]:
             raise _another_job(store, found.job, job)
-        return found
+        # Nothing has begun: that job was refused, and this is the corrected one.
+        store.delete(JOB)
     if start == "resume":
         raise SpecError(explain(store.url, expected="a run to resume", found="none", remedy="Leave --resume out to start one."))
     paths = store.list()

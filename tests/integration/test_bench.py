@@ -20,6 +20,7 @@ from draf_dist.evaluation.bench import Prepared, prepare_bench, run_bench
 from draf_dist.evaluation.bench_job import load_bench_job
 from draf_dist.evaluation.bench_results import Bench
 from draf_dist.evaluation.executor import GRACE_S, Executor, Processes, Serial
+from draf_dist.sources.synth import synthesise
 
 KEY = b"sixteen or more bytes of key"
 
@@ -156,15 +157,12 @@ def test_another_benchmark_does_not_enter_the_folder(finished: tuple[Path, Bench
         prepared(finished[0], "folds=4")
 
 
-def test_folds_of_different_exports_are_refused(finished: tuple[Path, Bench], tmp_path: Path) -> None:
+def test_folds_of_different_exports_are_refused_before_anything_is_trained(finished: tuple[Path, Bench], tmp_path: Path) -> None:
     folder = copy_of(finished, tmp_path / "copy")
-    made = prepared(folder)
     shutil.rmtree(folder / "out" / "releases" / "fold-1")
     write_export(folder / "raw", num_stays=232)
-    again = prepared(folder)
-    assert again.releases[0].version == made.releases[0].version
     with pytest.raises(DataError, match="the studies of the other folds"):
-        bench_folds.all_uids(again.releases)
+        prepared(folder)
 
 
 @pytest.mark.slow
@@ -201,3 +199,15 @@ def stop_at_first_checkpoint(command: list[str], environment: dict[str, str], ou
         process.kill()
     assert process.returncode == 5, errors
     return errors
+
+
+def test_baselines_on_images_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    synthesise(tmp_path / "synth", num_sites=2, num_subjects=40, seed=0)
+    path = tmp_path / "bench.yaml"
+    path.write_text(
+        f"name: images\ncard: {tmp_path / 'synth' / 'card.yaml'}\nfolds: 2\nsystems: {{mean: {{model: {{kind: mean}}}}}}\n"
+        "baselines: [{kind: logistic_regression}]\nreference: mean\n"
+    )
+    with pytest.raises(SpecError, match=r"found images \(cxr\)"):
+        prepare_bench(load_bench_job(path), tmp_path / "synth" / "raw", str(tmp_path / "out"), KEY, Heard())
+    assert not (tmp_path / "out" / "cells").exists()

@@ -149,6 +149,11 @@ def test_more_parts_than_rows_are_refused_before_anything_is_written(job: Finetu
     assert not (out / "ledger.jsonl").exists()
 
 
+def test_a_share_that_leaves_no_label_is_refused(job: FinetuneJob, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="at least one label"):
+        train(job.model_copy(update={"label_fraction": 1e-6}), str(tmp_path / "run"), console=silent())
+
+
 def test_a_running_mean_of_uncertainties_is_refused_with_accumulation(job: FinetuneJob, tmp_path: Path) -> None:
     model = DrafConfig.model_validate({**job.model.model_dump(), "alpha_mode": "fixed", "u_ema": 0.9})
     with pytest.raises(SpecError, match="u_ema"):

@@ -32,6 +32,7 @@ def test_the_problems_of_all_systems_come_together_with_the_nearest_key(tmp_path
             "systems.draf.seed=3",
             "systems.third={epochs: 0}",
             "systems.fourth={pretrained: {blood: runs/elsewhere}}",
+            "systems.fifth={label_fraction: 0.5}",
         )
     text = str(raised.value)
     assert "systems.mean: modle" in text
@@ -39,6 +40,7 @@ def test_the_problems_of_all_systems_come_together_with_the_nearest_key(tmp_path
     assert "systems.draf.seed: expected no such key" in text
     assert "systems.third: epochs" in text
     assert "systems.fourth.pretrained: expected none" in text
+    assert "systems.fifth.label_fraction: expected 1" in text
 
 
 @pytest.mark.parametrize(

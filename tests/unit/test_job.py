@@ -97,8 +97,18 @@ def test_environment_variables_in_a_url_are_not_expanded(monkeypatch: pytest.Mon
     assert job(release="s3://$SECRET/synth").release == "s3://$SECRET/synth"
 
 
+@pytest.mark.parametrize("pin", ["@0123456789abcdef", f"@{'0' * 64}"])
+def test_what_pins_the_root_of_a_bucket_is_no_secret(pin: str) -> None:
+    assert job(release=f"s3://bucket{pin}", pretrained={"cxr": f"s3://bucket{pin}"}).release == f"s3://bucket{pin}"
+
+
+def test_a_job_that_was_refused_before_anything_began_gives_way_to_the_corrected_one(tmp_path: Path) -> None:
+    enter_run(str(tmp_path), job(epochs=2), "continue")
+    assert enter_run(str(tmp_path), job(epochs=3), "continue").job.epochs == 3
+
+
 def test_a_folder_with_another_job_is_refused_and_the_difference_named(tmp_path: Path) -> None:
-    enter_run(str(tmp_path), job(), "continue")
+    Fence.take(enter_run(str(tmp_path), job(), "continue").store)
     with pytest.raises(SpecError, match=r"one with another seed, epochs\. Choose another --out"):
         enter_run(str(tmp_path), job(seed=1, epochs=3), "continue")
     assert enter_run(str(tmp_path), job(seed=1), "fresh").job.seed == 1
