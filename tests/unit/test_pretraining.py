@@ -29,6 +29,7 @@ from draf_dist.training.pretrain import build_pretraining
 from draf_dist.training.pretrain_job import PretrainJob
 from draf_dist.training.pretrained import load_encoder, pin_encoder
 from draf_dist.training.run import RunResult, attempt, begin, train
+from draf_dist.training.run_folder import Fence
 from draf_dist.training.torch_engine import OneProcess
 
 ENCODERS = {
@@ -179,6 +180,7 @@ def test_an_encoder_that_was_trained_again_is_refused_by_a_run_that_started_from
     shutil.copytree(runs["image"], tmp_path / "pre")
     job = finetuning(release_url, pretrained={"cxr": str(tmp_path / "pre")})
     folder = begin(job, str(tmp_path / "fine"))
+    Fence.take(folder.store)
     assert run(pretraining(release_url, "image", seed=5), tmp_path / "pre", fresh=True).finished
     with pytest.raises(SpecError, match="pre: expected the encoder [0-9a-f]{12}, found [0-9a-f]{12}. That run was trained again"):
         attempt(folder.url, BACKEND, quiet(), StopAfter(99))
