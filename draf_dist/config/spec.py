@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,6 +72,20 @@ def validate_spec(tree: dict[str, Any], model: type[SpecT], *, where: str) -> Sp
         return model.model_validate(tree)
     except ValidationError as error:
         raise SpecError(together(_problem(where, detail, model) for detail in error.errors())) from error
+
+
+def model_of_kind(kind: Any, models: Mapping[str, type[SpecT]], *, where: str, see: str) -> type[SpecT]:
+    """Which model a file's `kind` asks for; a union's own message would not say which kind is near. see: where to look otherwise.
+
+    Raises:
+        SpecError: none of them.
+    """
+    if isinstance(kind, str) and kind in models:
+        return models[kind]
+    near = difflib.get_close_matches(str(kind), models, n=1)
+    remedy = f"Did you mean {near[0]!r}?" if near else see
+    found = "nothing" if kind is None else repr(kind)[:80]
+    raise SpecError(explain(f"{where}: kind", expected=f"one of {', '.join(models)}", found=found, remedy=remedy))
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:

@@ -1,13 +1,12 @@
 """Where a job runs: one process, or the workers of a Ray cluster. The job, its run folder and its result stay the same."""
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, field_validator
 
-from draf_dist.config.spec import Spec, read_yaml, validate_spec
+from draf_dist.config.spec import Spec, model_of_kind, read_yaml, validate_spec
 from draf_dist.errors import SpecError, explain
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.torch_engine import OneProcess
@@ -85,11 +84,5 @@ def load_profile(path: Path | str) -> Profile:
         SpecError: one line for every problem.
     """
     tree = read_yaml(path)
-    kind = tree.get("kind")
-    if isinstance(kind, str) and kind in PROFILES:
-        return validate_spec(tree, PROFILES[kind], where=str(path))
-    # The union's own message would not say which kind is near.
-    near = difflib.get_close_matches(str(kind), PROFILES, n=1)
-    remedy = f"Did you mean {near[0]!r}?" if near else "See cluster/ for examples."
-    found = "nothing" if kind is None else repr(kind)[:80]
-    raise SpecError(explain(f"{path}: kind", expected=f"one of {', '.join(PROFILES)}", found=found, remedy=remedy))
+    model = model_of_kind(tree.get("kind"), PROFILES, where=str(path), see="See cluster/ for examples.")
+    return validate_spec(tree, model, where=str(path))

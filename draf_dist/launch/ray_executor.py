@@ -10,10 +10,10 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import RayError
 
-from draf_dist.errors import DrafError, SpecError, explain
+from draf_dist.errors import DrafError
 from draf_dist.evaluation.executor import GRACE_S, TRIES, Failed, Outcome, ResultT, TaskT, attempt, unless_interrupted
 from draf_dist.launch.profile import RayProfile
-from draf_dist.launch.ray_cluster import RayCluster, ray_cluster
+from draf_dist.launch.ray_cluster import check_reach, ray_cluster
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class RayExecutor:
             if threading.current_thread() is threading.main_thread():
                 # Ray has set one of its own; the command's own makes tasks write checkpoints first.
                 signal.signal(signal.SIGTERM, handler)
-            _check_reach(cluster, self.shared)
+            if not cluster.is_this_machine:
+                check_reach(cluster.num_nodes, {"--out": self.shared})
             cluster.make_room(self.profile)
             yield from self._map(function, tasks)
 
@@ -71,9 +72,3 @@ def _cancel(running: list[ObjectRef[Any]]) -> None:
         ray.cancel(task)
     if running:
         ray.wait(running, num_returns=len(running), timeout=GRACE_S)
-
-
-def _check_reach(cluster: RayCluster, url: str) -> None:
-    if not cluster.is_this_machine and ("://" not in url or url.startswith("file:")):
-        expected = f"a URL that all {cluster.num_nodes} nodes reach"
-        raise SpecError(explain("--out", expected=expected, found=url, remedy="Give s3://bucket/prefix."))

@@ -1,14 +1,12 @@
 """Cards: one YAML file says what a raw export means, so that a new data set needs no code. Reference: docs/cards.md."""
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 from pydantic import Field
 
-from draf_dist.config.spec import apply_overrides, read_yaml, validate_spec
-from draf_dist.errors import SpecError, explain
+from draf_dist.config.spec import apply_overrides, model_of_kind, read_yaml, validate_spec
 from draf_dist.sources.card_checks import check_card
 from draf_dist.sources.card_model import Card as Card
 from draf_dist.sources.eicu.source import EicuCard
@@ -30,16 +28,8 @@ def load_card(path: Path | str, overrides: Sequence[str] = ()) -> AnyCard:
     """
     tree = read_yaml(path)
     apply_overrides(tree, overrides)
-    card = validate_spec(tree, _model(tree.get("kind", "hospital_export"), where=str(path)), where=str(path))
+    model = model_of_kind(tree.get("kind", "hospital_export"), CARDS, where=str(path), see="See docs/cards.md.")
+    card = validate_spec(tree, model, where=str(path))
     if isinstance(card, HospitalExportCard):
         check_card(card, where=str(path))
     return card
-
-
-def _model(kind: Any, *, where: str) -> type[AnyCard]:
-    """The union's own message would not say which kind is near."""
-    if isinstance(kind, str) and kind in CARDS:
-        return CARDS[kind]
-    near = difflib.get_close_matches(str(kind), CARDS, n=1)
-    remedy = f"Did you mean {near[0]!r}?" if near else "See docs/cards.md."
-    raise SpecError(explain(f"{where}: kind", expected=f"one of {', '.join(CARDS)}", found=repr(kind)[:80], remedy=remedy))

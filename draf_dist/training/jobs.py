@@ -1,6 +1,5 @@
 """Every kind of training job: read from a file, and in the resolved form that a run stores."""
 
-import difflib
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -9,8 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import draf_dist
-from draf_dist.config.spec import apply_overrides, parse_yaml, read_yaml, validate_spec
-from draf_dist.errors import SpecError, explain
+from draf_dist.config.spec import apply_overrides, model_of_kind, parse_yaml, read_yaml, validate_spec
 from draf_dist.training.job import FinetuneJob
 from draf_dist.training.pretrain_job import PretrainJob
 
@@ -40,13 +38,8 @@ def parse_job(text: str, *, where: str) -> AnyJob:
 def _job(tree: dict[str, Any], *, where: str) -> AnyJob:
     """A job without `kind` is one of fine-tuning."""
     tree = {key: value for key, value in tree.items() if key != RESOLVED}
-    kind = tree.get("kind", "finetune")
-    if isinstance(kind, str) and kind in JOBS:
-        return validate_spec(tree, JOBS[kind], where=where)
-    # The union's own message would not say which kind is near.
-    near = difflib.get_close_matches(str(kind), JOBS, n=1)
-    remedy = f"Did you mean {near[0]!r}?" if near else "See jobs/ for examples."
-    raise SpecError(explain(f"{where}: kind", expected=f"one of {', '.join(JOBS)}", found=repr(kind)[:80], remedy=remedy))
+    model = model_of_kind(tree.get("kind", "finetune"), JOBS, where=where, see="See jobs/ for examples.")
+    return validate_spec(tree, model, where=where)
 
 
 def resolved(job: AnyJob) -> dict[str, Any]:
