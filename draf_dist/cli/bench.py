@@ -155,7 +155,8 @@ def _ray_executor(profile: "RayProfile", folder: str) -> "Executor":
 
 
 def _ray_profile(path: Path) -> "RayProfile":
-    from draf_dist.launch.profile import RayProfile, load_profile
+    from draf_dist.launch.cluster_profile import load_profile
+    from draf_dist.launch.profile import RayProfile
 
     found = load_profile(path)
     if not isinstance(found, RayProfile):

@@ -27,7 +27,8 @@ def train(
     Example: draf train jobs/finetune_synth.yaml --set release=s3://bucket/synth --out runs/first --profile cluster/ray_local.yaml
     """
     from draf_dist.data.release import open_release
-    from draf_dist.launch.profile import OneProcessProfile, load_profile
+    from draf_dist.launch.cluster_profile import load_profile
+    from draf_dist.launch.profile import OneProcessProfile
     from draf_dist.launch.train import train_with
     from draf_dist.training.jobs import load_job
     from draf_dist.training.pin import pin

@@ -1,12 +1,11 @@
 """Where a job runs: one process, or the workers of a Ray cluster. The job, its run folder and its result stay the same."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, field_validator
 
-from draf_dist.config.spec import Spec, model_of_kind, read_yaml, validate_spec
+from draf_dist.config.spec import Spec
 from draf_dist.errors import SpecError, explain
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.torch_engine import OneProcess
@@ -75,14 +74,3 @@ Profile = OneProcessProfile | RayProfile
 # Every kind of profile; AnyProfile is the same for schemas, which say by `kind` which one is meant.
 PROFILES: dict[str, type[Profile]] = {"one_process": OneProcessProfile, "ray": RayProfile}
 AnyProfile = Annotated[Profile, Field(discriminator="kind")]
-
-
-def load_profile(path: Path | str) -> Profile:
-    """The profile in a YAML file.
-
-    Raises:
-        SpecError: one line for every problem.
-    """
-    tree = read_yaml(path)
-    model = model_of_kind(tree.get("kind"), PROFILES, where=str(path), see="See cluster/ for examples.")
-    return validate_spec(tree, model, where=str(path))

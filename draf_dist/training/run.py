@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +54,15 @@ class RunResult:
     best_step: int
     steps: int
     finished: bool
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """An epoch whose checkpoint is durable. epoch: epochs done; step: steps done; numbers: those of its validation."""
+
+    epoch: int
+    step: int
+    numbers: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,20 @@ def attempt(url: str, backend: Backend, console: Console, stop: StopRequest) -> 
         DataError: a broken shard; checkpoints that are all broken.
         GateError: a later attempt has taken the run over.
     """
+    epochs = attempt_by_epochs(url, backend, console, stop)
+    while True:
+        try:
+            next(epochs)
+        except StopIteration as ended:
+            result: RunResult = ended.value
+            return result
+
+
+def attempt_by_epochs(url: str, backend: Backend, console: Console, stop: StopRequest) -> Generator[EpochReport, None, RunResult]:
+    """The same, handing over after every epoch: for a caller who decides then whether it is worth while to go on.
+
+    A caller who does not go on closes the generator; the run can be continued from there.
+    """
     began = time.perf_counter()
     folder = open_run(url)
     ended = folder.end()
@@ -124,7 +147,7 @@ def attempt(url: str, backend: Backend, console: Console, stop: StopRequest) -> 
         books = stack.enter_context(open_books(folder, stage, backend, state.step, fence, console, began))
         books.spent("startup")
         work = Attempt(folder, stage, backend, engine, files, state, books, stop, Consumption())
-        _train(work)
+        yield from _train(work)
         return _finish(work)
 
 
@@ -190,7 +213,7 @@ def _of_first(backend: Backend, values: list[float]) -> list[float]:
     return found
 
 
-def _train(work: Attempt) -> None:
+def _train(work: Attempt) -> Iterator[EpochReport]:
     """Steps, with validation after every epoch and checkpoints, until the run is over.
 
     Raises:
@@ -210,11 +233,12 @@ def _train(work: Attempt) -> None:
             losses.append(report.loss)
             stopped = _asked_to_stop(work)
             epoch, within = divmod(state.step, stage.order.steps_per_epoch)
-            if within == 0:
-                _validate(work, epoch, sum(losses) / len(losses))
-                losses.clear()
+            validated = _validate(work, epoch, losses) if within == 0 else None
             if within == 0 or state.step % stage.job.checkpoint.every_steps == 0 or stopped:
                 _commit(work)
+            if validated is not None:
+                losses.clear()
+                yield validated
             if _is_over(work):
                 return
             if stopped:
@@ -238,13 +262,14 @@ def _is_over(work: Attempt) -> bool:
     return work.state.step >= num_steps(work.stage) or work.state.stopping.exhausted
 
 
-def _validate(work: Attempt, epoch: int, loss: float) -> None:
-    """Measures on validation; `loss` is the mean over the epoch's steps (of this attempt)."""
-    state = work.state
+def _validate(work: Attempt, epoch: int, losses: list[float]) -> EpochReport:
+    """Measures on validation; `losses` are those of the epoch's steps (of this attempt)."""
+    state, loss = work.state, sum(losses) / len(losses)
     numbers = work.stage.validate(work.engine.module, work.backend)
     state.stopping = state.stopping.after(numbers[work.stage.job.score], state.step)
     work.books.epoch(epoch, loss, numbers, state.stopping, state.step)
     work.books.spent("validate")
+    return EpochReport(epoch, state.step, numbers)
 
 
 def _commit(work: Attempt) -> None:

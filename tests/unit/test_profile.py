@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from draf_dist.cli.app import app
 from draf_dist.errors import SpecError
-from draf_dist.launch.profile import OneProcessProfile, RayProfile, load_profile
+from draf_dist.launch.cluster_profile import load_cluster, load_profile
+from draf_dist.launch.profile import OneProcessProfile, RayProfile
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
 
@@ -79,3 +80,20 @@ def test_a_profile_that_does_not_exist_is_refused_before_anything_is_done(tmp_pa
     job.write_text(f"kind: finetune\nname: x\nrelease: {tmp_path / 'release'}\n")
     with pytest.raises(SpecError, match="no such file"):
         CliRunner().invoke(app, ["train", str(job), "--profile", str(tmp_path / "no.yaml")], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("path", sorted((CLUSTER / "profiles").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_cluster_profile_says_how_to_train(path: Path) -> None:
+    assert load_profile(path) == load_cluster(path).train
+
+
+def test_a_cluster_that_can_not_hold_its_workers_is_refused(tmp_path: Path) -> None:
+    text = (CLUSTER / "profiles" / "one_gpu_node.yaml").read_text().replace("workers: 4", "workers: 5")
+    with pytest.raises(SpecError, match=r"train.workers: expected at most 4"):
+        load_cluster(written(tmp_path, text))
+
+
+def test_an_image_without_a_version_is_refused(tmp_path: Path) -> None:
+    text = (CLUSTER / "profiles" / "laptop.yaml").read_text().replace("draf_dist:0.1.0-cpu", "draf_dist:latest")
+    with pytest.raises(SpecError, match="version or a digest"):
+        load_cluster(written(tmp_path, text))

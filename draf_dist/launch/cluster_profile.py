@@ -1,0 +1,157 @@
+"""A cluster: what its nodes are, what runs on them, where its releases and runs lie. One spec for submitting and for rendering."""
+
+import re
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from draf_dist.config.spec import Spec, model_of_kind, read_yaml, validate_spec
+from draf_dist.errors import SpecError, explain
+from draf_dist.launch.profile import PROFILES, OneProcessProfile, Profile, RayProfile
+
+_IMAGE = re.compile(r"^[^\s@]+(?::(?!latest$)[\w][\w.-]{0,127}|@sha256:[0-9a-f]{64})$")
+_NAME = r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$"
+
+
+class NodeShape(Spec):
+    """What one node offers to Ray. memory_gib: of the node (on Kubernetes of the container)."""
+
+    cpus: int = Field(ge=1)
+    memory_gib: int = Field(ge=1)
+    gpus: int = Field(0, ge=0)
+
+
+class WorkerNodes(NodeShape):
+    """The nodes that train. count: there from the start; max_count: as many as an autoscaler may bring (count if None).
+
+    spot: cheaper nodes that may be taken away at any time; the run continues from its newest checkpoint.
+    """
+
+    count: int = Field(ge=0)
+    max_count: int | None = Field(None, ge=1)
+    spot: bool = False
+
+    @property
+    def most(self) -> int:
+        """How many there can be."""
+        return self.count if self.max_count is None else self.max_count
+
+
+class Kubernetes(Spec):
+    """Names of things in a Kubernetes cluster; secrets are made there, never here.
+
+    auth_secret: holds Ray's token under `auth_token`. storage_secret: its keys become variables of the pods (AWS_ACCESS_KEY_ID and
+    so on); None where a service account gives access to the store. queue: of Kueue. gpu_resource: the device plug-in's name of a GPU.
+    """
+
+    namespace: str = Field("default", pattern=_NAME)
+    service_account: str | None = None
+    auth_secret: str = "ray-auth-token"
+    storage_secret: str | None = "object-store"
+    image_pull_secret: str | None = None
+    queue: str | None = None
+    gpu_resource: str = "nvidia.com/gpu"
+    shm_gib: int = Field(2, ge=1)
+    node_selector: dict[str, str] = {}
+
+
+class Aws(Spec):
+    """Where on EC2. instance_profile: the IAM role by which nodes reach the store, so that no key lies on them."""
+
+    region: str
+    head_instance: str
+    worker_instance: str
+    instance_profile: str
+    availability_zone: str | None = None
+
+
+class Gcp(Spec):
+    """Where on Compute Engine. accelerator: type of the GPU of worker nodes, for instance nvidia-l4; None without."""
+
+    region: str
+    zone: str
+    project: str
+    head_machine: str
+    worker_machine: str
+    service_account: str
+    accelerator: str | None = None
+
+
+class ClusterProfile(Spec):
+    """A cluster that jobs are submitted to (`draf submit`) or that is described for others to start (`--render`).
+
+    image: what every node runs, by version or digest. storage: URL under which runs are written. dashboard: where the Jobs API
+    answers. train: how a job is spread over the workers; its address is `auto`, since the command runs on a node.
+    """
+
+    kind: Literal["cluster"] = "cluster"
+    name: str = Field(pattern=_NAME)
+    image: str
+    storage: str
+    dashboard: str = "http://127.0.0.1:8265"
+    train: RayProfile
+    head: NodeShape
+    workers: WorkerNodes
+    kubernetes: Kubernetes = Kubernetes()
+    aws: Aws | None = None
+    gcp: Gcp | None = None
+
+    @field_validator("image")
+    @classmethod
+    def _pinned(cls, image: str) -> str:
+        if not _IMAGE.match(image):
+            raise ValueError("expected an image with a version or a digest, not latest: registry/draf_dist:0.1.0-gpu")
+        return image
+
+    @field_validator("storage", "dashboard")
+    @classmethod
+    def _without_credentials(cls, url: str) -> str:
+        if "@" in urlsplit(url).netloc:
+            # Not a ValueError: pydantic's own message would repeat the value.
+            raise SpecError(
+                explain("cluster", expected="a URL without credentials", found="one with", remedy="Use the environment.")
+            )
+        return url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ClusterProfile":
+        if self.train.address != "auto":
+            raise ValueError("train.address: expected auto, since the command runs on a node of this cluster")
+        places = self.workers.most * places_on_node(self.workers, self.train)
+        if self.workers.most == 0:
+            places = places_on_node(self.head, self.train)
+        if places < self.train.workers:
+            raise ValueError(f"train.workers: expected at most {places}, which is what the nodes hold")
+        return self
+
+
+def places_on_node(shape: NodeShape, train: RayProfile) -> int:
+    """How many workers fit on one node."""
+    by_gpu = shape.gpus // train.gpus_per_worker if train.gpus_per_worker else 2**31
+    return min(by_gpu, int(shape.cpus / train.cpus_per_worker + 1e-9))
+
+
+def load_cluster(path: Path | str) -> ClusterProfile:
+    """The cluster in a YAML file.
+
+    Raises:
+        SpecError: one line for every problem; a profile of another kind.
+    """
+    tree = read_yaml(path)
+    model = model_of_kind(tree.get("kind"), {"cluster": ClusterProfile}, where=str(path), see="See cluster/profiles for examples.")
+    return validate_spec(tree, model, where=str(path))
+
+
+def load_profile(path: Path | str) -> Profile:
+    """How to train, by the profile in a YAML file: of a cluster, what it says under `train`.
+
+    Raises:
+        SpecError: one line for every problem.
+    """
+    tree = read_yaml(path)
+    kinds: dict[str, type[OneProcessProfile | RayProfile | ClusterProfile]] = {**PROFILES, "cluster": ClusterProfile}
+    model = model_of_kind(tree.get("kind"), kinds, where=str(path), see="See cluster/ for examples.")
+    found = validate_spec(tree, model, where=str(path))
+    return found.train if isinstance(found, ClusterProfile) else found
