@@ -43,7 +43,7 @@ class Kubernetes(Spec):
     """Names of things in a Kubernetes cluster; secrets are made there, never here.
 
     auth_secret: holds Ray's token under `auth_token`. storage_secret: its keys become variables of the pods (AWS_ACCESS_KEY_ID and
-    so on); None where a service account gives access to the store. queue: of Kueue. gpu_resource: the device plug-in's name of a GPU.
+    so on); None where a service account gives access to the store. queue: of Kueue. gpu_resource: what pods call a GPU.
     """
 
     namespace: str = Field("default", pattern=_NAME)
