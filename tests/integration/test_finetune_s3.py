@@ -8,14 +8,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from small_runs import small_job, small_model, small_release
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from draf_dist.data.prepare import prepare
 from draf_dist.data.release import open_release
 from draf_dist.errors import InterruptedRunError
-from draf_dist.sources.card import load_card
-from draf_dist.sources.hospital_export import HospitalExport
-from draf_dist.sources.synth import synthesise
 from draf_dist.storage import open_store
 from draf_dist.training.checkpoint import folder_of
 from draf_dist.training.job import FinetuneJob
@@ -28,26 +25,8 @@ from draf_dist.training.tracking import TENSORBOARD, Tracker
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> FinetuneJob:
     folder = tmp_path_factory.mktemp("data")
-    synthesise(folder / "export", num_sites=2, num_subjects=60, seed=2)
-    source = HospitalExport(load_card(folder / "export" / "card.yaml"), folder / "export" / "raw")
-    release = prepare(source, str(folder / "release"), subject_key=b"a key of the tests")
-    encoders = {
-        "image": {"kind": "image2d", "widths": [4, 8], "groups": 2},
-        "series": {"kind": "series_transformer", "hidden": 8, "heads": 2, "blocks": 1},
-        "table": {"kind": "tabular", "hidden": 8},
-    }
-    return FinetuneJob.model_validate(
-        {
-            "name": "bucket",
-            "release": release.url,
-            "model": {"kind": "mean", "width": 8, "encoders": encoders},
-            "batch_size": 8,
-            "epochs": 2,
-            "checkpoint": {"every_steps": 2, "keep": 2},
-            "passes_train": 1,
-            "passes_eval": 2,
-        }
-    )
+    release, checkpoint = small_release(folder, num_subjects=60, seed=2), {"every_steps": 2, "keep": 2}
+    return small_job(release, model=small_model("mean"), epochs=2, checkpoint=checkpoint, passes_train=1, passes_eval=2)
 
 
 def losses(url: str) -> list[tuple[int, float]]:

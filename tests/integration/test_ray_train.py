@@ -19,16 +19,14 @@ from conftest import S3
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
 from rich.console import Console
+from small_runs import small_job, small_release
 
-from draf_dist.data.prepare import prepare
 from draf_dist.errors import DataError, DrafError, InterruptedRunError, SpecError, UnreachableError
 from draf_dist.launch.profile import RayProfile
 from draf_dist.launch.ray_cluster import RayCluster, check_reach, places_on, ray_cluster
 from draf_dist.launch.ray_desk import Arrival, Desk, pids_by_start
 from draf_dist.launch.ray_failures import as_draf_error
 from draf_dist.launch.ray_train import train_on_ray
-from draf_dist.sources.card import load_card
-from draf_dist.sources.synth import synthesise
 from draf_dist.storage import open_store
 from draf_dist.training.job import FinetuneJob
 from draf_dist.training.journal import read_lines
@@ -37,15 +35,6 @@ from draf_dist.training.run import RunResult, train
 from draf_dist.training.run_folder import open_run
 
 PROFILE = RayProfile(collective_timeout_s=60)
-SMALL_MODEL = {
-    "kind": "draf",
-    "width": 8,
-    "encoders": {
-        "image": {"kind": "image2d", "widths": [4, 8], "groups": 2},
-        "series": {"kind": "series_transformer", "hidden": 8, "heads": 2, "blocks": 1},
-        "table": {"kind": "tabular", "hidden": 8},
-    },
-}
 RECOVERY_S = 30.0
 # A step takes about twice as long; the cores belong to the workers.
 POLL_S = 0.03
@@ -67,22 +56,8 @@ class Said(Console):
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> FinetuneJob:
-    folder = tmp_path_factory.mktemp("data")
-    synthesise(folder / "export", num_sites=2, num_subjects=90, seed=1)
-    source = load_card(folder / "export" / "card.yaml").build(folder / "export" / "raw")
-    release = prepare(source, str(folder / "release"), subject_key=b"a key of the tests")
-    return FinetuneJob.model_validate(
-        {
-            "name": "ray",
-            "release": release.url,
-            "model": SMALL_MODEL,
-            "batch_size": 8,
-            "epochs": 4,
-            "checkpoint": {"every_steps": 6, "keep": 3},
-            "passes_train": 2,
-            "passes_eval": 3,
-        }
-    )
+    release = small_release(tmp_path_factory.mktemp("data"), num_subjects=90, seed=1)
+    return small_job(release, epochs=4, checkpoint={"every_steps": 6, "keep": 3})
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ All cases of one world size share one set of processes: starting them costs more
 import json
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from draf_dist.data.order import rank_entries
 from draf_dist.errors import SpecError
+from draf_dist.launch.local_s3 import free_ports
 from draf_dist.models.build import build_model
 from draf_dist.models.calibration import calibrate
 from draf_dist.models.encoders import EncoderChoice, Image2dConfig, SeriesTransformerConfig, TabularConfig
@@ -225,12 +225,6 @@ def run_rank(rank: int, world: int, port: int, out: Path) -> None:
     dist.destroy_process_group()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of all cases, <world>/<case>/, and of plain torch in one process, 1/<clip norm>/."""
@@ -244,7 +238,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Importing all that DeepSpeed wants takes seconds, so one process does it for all.
     multiprocessing.set_forkserver_preload([__name__, "deepspeed.runtime.zero.muon.muon_optimizer"])
     for world in WORLDS:
-        mp.start_processes(run_rank, (world, free_port(), folder), nprocs=world, start_method="forkserver")
+        mp.start_processes(run_rank, (world, free_ports(1)[0], folder), nprocs=world, start_method="forkserver")
     return folder
 
 

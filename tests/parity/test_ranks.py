@@ -1,8 +1,6 @@
 """A run on several ranks is the run of one process: same order, same numbers, one set of books; and any number of ranks goes on."""
 
 import json
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from rich.console import Console
+from small_runs import silent, small_job, small_model, small_release
 
-from draf_dist.data.prepare import prepare
 from draf_dist.data.release import open_release
 from draf_dist.errors import InterruptedRunError, SpecError
+from draf_dist.launch.local_s3 import free_ports
 from draf_dist.models.fusion.draf import DrafConfig
-from draf_dist.sources.card import load_card
-from draf_dist.sources.hospital_export import HospitalExport
-from draf_dist.sources.synth import synthesise
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.deepspeed_engine import DeepSpeedRanks
 from draf_dist.training.job import FinetuneJob
@@ -44,10 +39,6 @@ class StopAfter:
         return "SIGTERM" if self.asked_at is not None and self.times >= self.asked_at else None
 
 
-def silent() -> Console:
-    return Console(file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
-
-
 def run_rank(rank: int, world: int, port: int, url: str, stop_at: int | None, stage: int) -> None:
     """One process: carries the run on. Only the last rank hears that it is to stop."""
     torch.set_num_threads(1)
@@ -63,9 +54,7 @@ def run_rank(rank: int, world: int, port: int, url: str, stop_at: int | None, st
 
 
 def on_ranks(job: FinetuneJob, out: Path, world: int, *, stop_at: int | None = None, stage: int = 2) -> Path:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    (port,) = free_ports(1)
     mp.spawn(run_rank, (world, port, begin(job, str(out)).url, stop_at, stage), nprocs=world)
     return out
 
@@ -73,18 +62,9 @@ def on_ranks(job: FinetuneJob, out: Path, world: int, *, stop_at: int | None = N
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> FinetuneJob:
     folder = tmp_path_factory.mktemp("data")
-    synthesise(folder / "export", num_sites=2, num_subjects=60, seed=1)
-    source = HospitalExport(load_card(folder / "export" / "card.yaml"), folder / "export" / "raw")
-    release = prepare(source, str(folder / "release"), subject_key=b"a key of the tests")
-    encoders = {
-        "image": {"kind": "image2d", "widths": [4, 8], "groups": 2},
-        "series": {"kind": "series_transformer", "hidden": 8, "heads": 2, "blocks": 1},
-        "table": {"kind": "tabular", "hidden": 8},
-    }
     # Scaled weights: what is learned from validation must be the same on all ranks too.
-    model = {"kind": "draf", "width": 8, "alpha_mode": "scaled", "encoders": encoders}
-    tree = {"name": "ranks", "release": release.url, "model": model, "batch_size": 7, "epochs": 3}
-    return FinetuneJob.model_validate({**tree, "passes_train": 2, "passes_eval": 3, "checkpoint": {"every_steps": 3}})
+    model, release = small_model(alpha_mode="scaled"), small_release(folder, num_subjects=60, seed=1)
+    return small_job(release, model=model, batch_size=7, checkpoint={"every_steps": 3})
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
+from small_runs import silent, small_job, small_release
 
-from draf_dist.data.prepare import prepare
 from draf_dist.data.release import open_release
 from draf_dist.errors import DataError, GateError, InterruptedRunError, SpecError
-from draf_dist.sources.card import load_card
-from draf_dist.sources.hospital_export import HospitalExport
-from draf_dist.sources.synth import synthesise
 from draf_dist.storage import open_store
 from draf_dist.training.checkpoint import folder_of
 from draf_dist.training.job import FinetuneJob
@@ -34,15 +30,6 @@ from draf_dist.training.run_folder import FENCE, enter_run, open_run
 from draf_dist.training.summary import summarise
 from draf_dist.training.trace import trace
 
-SMALL_MODEL = {
-    "kind": "draf",
-    "width": 8,
-    "encoders": {
-        "image": {"kind": "image2d", "widths": [4, 8], "groups": 2},
-        "series": {"kind": "series_transformer", "hidden": 8, "heads": 2, "blocks": 1},
-        "table": {"kind": "tabular", "hidden": 8},
-    },
-}
 COMMAND = """
 import sys
 from draf_dist.training.run import train
@@ -53,30 +40,16 @@ train(load_job(sys.argv[1]), sys.argv[2])
 
 @pytest.fixture(scope="module")
 def release_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("data")
-    synthesise(folder / "export", num_sites=2, num_subjects=90, seed=1)
-    source = HospitalExport(load_card(folder / "export" / "card.yaml"), folder / "export" / "raw")
-    return prepare(source, str(folder / "release"), subject_key=b"a key of the tests").url
+    return small_release(tmp_path_factory.mktemp("data"), num_subjects=90, seed=1)
 
 
 @pytest.fixture(scope="module")
 def job(release_url: str) -> FinetuneJob:
-    return FinetuneJob.model_validate(
-        {
-            "name": "resume",
-            "release": release_url,
-            "model": SMALL_MODEL,
-            "batch_size": 8,
-            "epochs": 3,
-            "checkpoint": {"every_steps": 3, "keep": 3},
-            "passes_train": 2,
-            "passes_eval": 3,
-        }
-    )
+    return small_job(release_url, checkpoint={"every_steps": 3, "keep": 3})
 
 
 def run(job: FinetuneJob, out: Path, **options: Any) -> RunResult:
-    return train(job, str(out), console=Console(file=open(os.devnull, "w"), stderr=False), **options)  # noqa: PTH123, SIM115
+    return train(job, str(out), console=silent(), **options)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,5 @@
-"""The loader: the order of the plan, whoever reads it; and every damage an error that names where it is."""
+"""The loader: the order of the plan, whoever reads it, corrupted where samples are read."""
 
-import shutil
-import threading
-import time
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from batches import same, tensors
-from memory_source import KEY, MemorySource
-from torch import Tensor
+from memory_source import MemorySource
+from sharded import BATCH_SIZE, order_of, real_rows, sharded_release, uids
 
-from draf_dist.data.cache import SharedCache
 from draf_dist.data.corruption import (
     Corruptor,
     EhrNoise,
@@ -29,51 +24,16 @@ from draf_dist.data.corruption.sweep import _next_of_another, corrupted_batches,
 from draf_dist.data.loader import Loader, evaluation_batches
 from draf_dist.data.mixture import Mixture
 from draf_dist.data.normalise import Normaliser
-from draf_dist.data.order import Order
 from draf_dist.data.prepare import prepare
 from draf_dist.data.receipts import receipt
-from draf_dist.data.release import Release, open_release, tar_path
-from draf_dist.data.shard_reader import Place, ShardReader, make_block_cache
-from draf_dist.data.shards import Member
-from draf_dist.errors import DataError, SpecError
-from draf_dist.schema.batch import Batch
-from draf_dist.schema.identity import uid_name
-from draf_dist.storage import LocalStore
-
-SHARD_BYTES = 60_000
-BATCH_SIZE = 16
+from draf_dist.data.release import Release
+from draf_dist.data.shard_reader import ShardReader
+from draf_dist.errors import SpecError
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
-    folder = tmp_path_factory.mktemp("release")
-    return prepare(MemorySource(num_studies=150), str(folder), subject_key=KEY, shard_size_bytes=SHARD_BYTES)
-
-
-@pytest.fixture
-def copy(release: Release, tmp_path: Path) -> Release:
-    """A release of one's own, to be broken."""
-    shutil.copytree(release.url, tmp_path / "copy")
-    return open_release(str(tmp_path / "copy"))
-
-
-def order_of(release: Release, batch_size: int = BATCH_SIZE, seed: int = 3) -> Order:
-    sizes = tuple(shard.num_samples for shard in release.shards("train"))
-    return Order(shard_sizes=sizes, release=release.version, seed=seed, batch_size=batch_size, groups=8, open_samples=64)
-
-
-def real_rows(batches: list[Batch]) -> dict[int, list[Tensor]]:
-    """uid -> its row of every tensor, padding left out."""
-    return {
-        int(batch.uid[row]): [tensor[row] for tensor in tensors(batch)]
-        for batch in batches
-        for row in range(batch.num_rows)
-        if batch.weight[row] > 0
-    }
-
-
-def uids(batches: list[Batch]) -> list[int]:
-    return [uid for batch in batches for uid in batch.uid.tolist() if uid != -1]
+    return sharded_release(tmp_path_factory.mktemp("release"))
 
 
 # What a batch holds.
@@ -285,259 +245,3 @@ def test_a_sweep_over_what_is_not_there_is_refused(release: Release) -> None:
         next(corrupted_batches(release, "train", corruptor, GaussianNoise(), 1, modality="ct"))
     with pytest.raises(SpecError, match="from 0 to 5, found 6"):
         next(corrupted_batches(release, "train", corruptor, GaussianNoise(), 6))
-
-
-# Damage.
-
-
-def damage(release: Release, number: int, at: int, data: bytes) -> None:
-    path = release.store.local_path(tar_path(release.shards("train")[number]))
-    assert path is not None
-    with path.open("r+b") as file:
-        file.seek(at)
-        file.write(data)
-
-
-def read_all(release: Release) -> list[Batch]:
-    return list(evaluation_batches(release, "train", 8))
-
-
-def test_a_flipped_byte_is_named_with_its_release_shard_and_member(copy: Release) -> None:
-    shard = copy.shards("train")[1]
-    index = copy.index(shard)
-    member = index.member(2, "history")
-    assert member is not None
-    damage(copy, 1, member.offset + 130, b"\x55")
-    with pytest.raises(DataError) as caught:
-        read_all(copy)
-    message = str(caught.value)
-    assert copy.pinned_url in message
-    assert shard.sha256 in message
-    assert f"{uid_name(int(index.uids[2]))}.history.npy" in message
-
-
-def test_good_batches_come_before_the_broken_one(copy: Release) -> None:
-    order = order_of(copy)
-    expected = dict(Loader(copy, "train", order).batches(0, order.steps_per_epoch))
-    index = copy.index(copy.shards("train")[0])
-    damage(copy, 0, index.meta(0).offset, b"[")
-    step = next(step for step, batch in expected.items() if int(index.uids[0]) in batch.uid.tolist())
-    found: list[int] = []
-    with pytest.raises(DataError, match="crc32"):
-        found.extend(step for step, _ in Loader(copy, "train", order, prefetch=6).batches(0, order.steps_per_epoch))
-    assert found == [] or found == list(range(step))
-
-
-def test_a_truncated_shard_is_an_error_and_kills_nothing(copy: Release) -> None:
-    path = copy.store.local_path(tar_path(copy.shards("train")[0]))
-    assert path is not None
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(DataError, match=r"shard [0-9a-f]{64}: expected \d+ bytes, found 2000 bytes"):
-        read_all(copy)
-
-
-def test_a_shard_that_is_gone_is_an_error(copy: Release) -> None:
-    path = copy.store.local_path(tar_path(copy.shards("train")[0]))
-    assert path is not None
-    path.unlink()
-    with pytest.raises(DataError, match=r"shard [0-9a-f]{64}: expected a shard, found No such file"):
-        read_all(copy)
-
-
-def test_an_index_that_is_gone_is_an_error(copy: Release) -> None:
-    for path in Path(copy.url).rglob("*.idx"):
-        path.unlink()
-    with pytest.raises(DataError, match=r"\.idx: expected"):
-        read_all(copy)
-
-
-class Failing:
-    """A decode thread that goes wrong in a way nobody foresaw."""
-
-    def levels(self, uid: Tensor, epoch: Tensor) -> dict[str, np.ndarray]:
-        return {"cxr": np.ones(len(uid), dtype=np.int64)}
-
-    def change(self, image: np.ndarray, index: int) -> np.ndarray:
-        raise RuntimeError("the codec fell over")
-
-    def severity(self, index: int) -> float:
-        return 1.0
-
-
-def decode_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("decode", "fetch"))]
-
-
-@pytest.mark.timeout(30)
-def test_whatever_a_thread_raises_reaches_the_caller(release: Release) -> None:
-    loader = Loader(release, "train", order_of(release), decode=Failing())
-    with pytest.raises(RuntimeError, match="the codec fell over"):
-        next(iter(loader.batches()))
-    assert decode_threads() == []
-
-
-@pytest.mark.timeout(30)
-def test_closing_the_generator_ends_its_threads(release: Release) -> None:
-    batches = Loader(release, "train", order_of(release), threads=3).batches()
-    next(batches)
-    assert decode_threads() != []
-    batches.close()
-    assert decode_threads() == []
-
-
-def test_no_more_batches_are_made_than_prefetch_allows(release: Release) -> None:
-    class Counting:
-        def __init__(self, order: Order) -> None:
-            self.order, self.batch_size, self.steps = order, order.batch_size, 0
-
-        def draws(self, step: int) -> object:
-            self.steps += 1
-            return self.order.draws(step)
-
-        def locate(self, source: int, epoch: int, sample: int) -> tuple[int, int]:
-            return self.order.locate(source, epoch, sample)
-
-    plan = Counting(order_of(release))
-    batches = Loader(release, "train", plan, prefetch=2).batches()
-    for taken in range(1, 6):
-        next(batches)
-        assert plan.steps == taken + 2
-    batches.close()
-
-
-# Blocks, as of a remote store.
-
-
-class WithoutMaps(LocalStore):
-    """A folder that is read by ranges, as a remote store is; counts what is asked for."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.requested_bytes = 0
-
-    def local_path(self, path: str) -> Path | None:
-        return None
-
-    def read_range(self, path: str, start: int, stop: int) -> bytes:
-        self.requested_bytes += stop - start
-        return super().read_range(path, start, stop)
-
-
-@pytest.mark.parametrize("block_bytes", [300, 4096, 2**20])
-def test_blocks_give_what_maps_give(release: Release, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
-    monkeypatch.setattr("draf_dist.data.shard_reader.BLOCK_BYTES", block_bytes)
-    remote = replace(release, store=WithoutMaps(Path(release.url)))
-    order = order_of(release)
-    pairs = zip(
-        Loader(release, "train", order).batches(0, order.steps_per_epoch),
-        Loader(remote, "train", order, threads=3).batches(0, order.steps_per_epoch),
-        strict=True,
-    )
-    assert all(same(one, other) for (_, one), (_, other) in pairs)
-
-
-def test_a_cache_that_holds_the_open_shards_fetches_every_byte_once_an_epoch(release: Release) -> None:
-    store = WithoutMaps(Path(release.url))
-    order = order_of(release)
-    list(Loader(replace(release, store=store), "train", order).batches(0, order.steps_per_epoch))
-    assert store.requested_bytes <= sum(shard.size_bytes for shard in release.shards("train"))
-
-
-def test_a_cache_that_is_too_small_is_slow_but_right(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("draf_dist.data.shard_reader.BLOCK_BYTES", 4096)
-    remote = ShardReader(replace(release, store=WithoutMaps(Path(release.url))), "train", blocks := make_block_cache(10_000))
-    local = ShardReader(release, "train")
-    for sample in range(local.num_samples):
-        places = [place for place in local.places(sample) if place is not None]
-        assert [bytes(data) for data in remote.read(places)] == [bytes(data) for data in local.read(places)]
-        assert blocks.size <= 10_000
-
-
-def test_neighbouring_blocks_are_asked_for_together(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[tuple[int, int]]] = []
-
-    class Asked(WithoutMaps):
-        def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-            asked.append(list(ranges))
-            return super().read_ranges(path, ranges)
-
-    monkeypatch.setattr("draf_dist.data.shard_reader.BLOCK_BYTES", 1000)
-    monkeypatch.setattr("draf_dist.data.shard_reader.BLOCKS_PER_REQUEST", 4)
-    reader = ShardReader(replace(release, store=Asked(Path(release.url))), "train")
-    place = reader.places(0)[-1]
-    assert place is not None
-
-    def at(offset: int, size: int) -> Place:
-        return replace(place, member=Member(offset, size, 0))
-
-    reader.read([at(1500, 700), at(2500, 10), at(7000, 100), at(10_000, 6_500)])
-    assert asked == [[(1000, 3000), (7000, 8000), (10_000, 14_000), (14_000, 17_000)]]
-    reader.read([at(900, 1200)])
-    assert asked[1:] == [[(0, 1000)]]
-
-
-# The cache of blocks.
-
-
-def test_the_cache_keeps_what_was_used_last_within_its_limit() -> None:
-    made: list[int] = []
-
-    def make(keys: list[int]) -> list[bytes]:
-        made.extend(keys)
-        return [bytes(10) for _ in keys]
-
-    cache: SharedCache[int, bytes] = SharedCache(30, len)
-    for keys in ([1, 2], [2, 3], [1], [4], [2]):
-        assert len(cache.get(keys, make)) == len(keys)
-        assert cache.size <= 30
-    assert made == [1, 2, 3, 4, 2]
-
-
-@pytest.mark.timeout(30)
-def test_threads_that_want_the_same_wait_for_one() -> None:
-    made: list[int] = []
-    cache: SharedCache[int, int] = SharedCache(100, lambda value: 1)
-
-    def make(keys: list[int]) -> list[int]:
-        made.extend(keys)
-        time.sleep(0.02)
-        return [key * key for key in keys]
-
-    results: list[list[int]] = []
-    wanted = ([1, 2, 3], [3, 2, 5], [5, 1, 7], [7, 3, 1])
-    threads = [threading.Thread(target=lambda keys=keys: results.append(cache.get(keys, make))) for keys in wanted]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(map(tuple, results)) == sorted(tuple(key * key for key in keys) for keys in wanted)
-    assert sorted(made) == [1, 2, 3, 5, 7]
-
-
-@pytest.mark.timeout(30)
-def test_a_failure_reaches_all_who_wait_and_is_not_kept() -> None:
-    cache: SharedCache[int, int] = SharedCache(100, lambda value: 1)
-    begun, failures = threading.Event(), []
-
-    def fail(keys: list[int]) -> list[int]:
-        begun.set()
-        time.sleep(0.05)
-        raise DataError("broken")
-
-    def ask() -> None:
-        try:
-            cache.get([1], fail)
-        except DataError as error:
-            failures.append(str(error))
-
-    def threads() -> Iterator[threading.Thread]:
-        for _ in range(3):
-            thread = threading.Thread(target=ask)
-            thread.start()
-            begun.wait()
-            yield thread
-
-    for thread in list(threads()):
-        thread.join()
-    assert failures == ["broken"] * 3
-    assert cache.get([1], lambda keys: [5]) == [5]
