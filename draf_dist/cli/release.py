@@ -39,7 +39,7 @@ def verify(url: UrlArgument, json: JsonOption = False) -> None:
 
 @app.command("log")
 def log(url: UrlArgument, json: JsonOption = False) -> None:
-    """List the releases of a data set, newest first.
+    """List the releases of a data set, newest first, with the delivery that each added to its parent.
 
     Example: draf release log s3://bucket/synth
     """
@@ -55,7 +55,8 @@ def log(url: UrlArgument, json: JsonOption = False) -> None:
             entry.parent or "-",
             *(entry.num_studies.get(split, 0) for split in SPLITS),
             entry.num_quarantined,
+            ", ".join(entry.deliveries) or "-",
         )
         for entry in entries
     ]
-    console.print(table(url, ("version", "parent", *SPLITS, "quarantined"), rows))
+    console.print(table(url, ("version", "parent", *SPLITS, "quarantined", "delivery"), rows))

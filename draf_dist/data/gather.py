@@ -24,7 +24,10 @@ TAR_BLOCK_BYTES = 512
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A study whose members lie in the spool: subject is its pseudonym, label its class index, parts are (suffix, size)."""
+    """A study whose members lie in the spool: subject is its pseudonym, label its class index, parts are (suffix, size).
+
+    where: its place in the export, for messages.
+    """
 
     uid: int
     subject: str
@@ -33,6 +36,7 @@ class Row:
     present: tuple[str, ...]
     offset: int
     parts: tuple[tuple[str, int], ...]
+    where: str
 
     @property
     def tar_bytes(self) -> int:
@@ -148,7 +152,7 @@ def gather(source: Source, spool: Spool, *, subject_key: bytes, limit: float, on
     out_of_range.update({name: counts.out_of_range for name, counts in source.counts.variables.items() if counts.out_of_range})
     leaks.refuse()
     gathered = Gathered([rows[uid] for uid in sorted(rows)], rejections, out_of_range)
-    _refuse_too_many(gathered, source.name, limit)
+    refuse_too_many(gathered, source.name, limit)
     return gathered
 
 
@@ -157,7 +161,7 @@ def _keep(spool: Spool, study: Study, encoded: EncodedStudy, *, uid: int, subjec
     quality = {name: float(value) for name, value in sorted(study.quality.items()) if name in encoded.present}
     meta = encode_meta(SampleMeta(uid, subject, study.site, label, quality))
     offset, parts = spool.add({**encoded.members, META: meta})
-    return Row(uid, subject, study.site, study.label, encoded.present, offset, parts)
+    return Row(uid, subject, study.site, study.label, encoded.present, offset, parts, study.where)
 
 
 def _image_contents(study: Study, encoded: EncodedStudy, source: Source) -> dict[str, tuple[bytes, ...]]:
@@ -170,7 +174,8 @@ def _image_contents(study: Study, encoded: EncodedStudy, source: Source) -> dict
     return contents
 
 
-def _refuse_too_many(gathered: Gathered, name: str, limit: float) -> None:
+def refuse_too_many(gathered: Gathered, name: str, limit: float) -> None:
+    """Raises DataError where no study is usable, or more than `limit` of them are not; tells the most frequent reasons."""
     num_bad, num_studies = len(gathered.rejections), gathered.num_studies
     if gathered.rows and num_bad <= limit * num_studies:
         return

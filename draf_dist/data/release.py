@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from draf_dist.config.spec import canonical_json
 from draf_dist.data.shards import ShardIndex, decode_index
 from draf_dist.errors import DataError, SpecError, explain
 from draf_dist.schema.modality import DataSchema, Record
-from draf_dist.schema.release import Head, Quarantine, ReleaseManifest, ReleaseStats, ShardRecord, Split
+from draf_dist.schema.release import Head, Quarantine, ReleaseManifest, ReleaseStats, ShardRecord, Split, TrainingSums
 from draf_dist.storage import MissingError, Store, open_store
 from draf_dist.storage.parquet import read_parquet
 
@@ -77,16 +78,25 @@ class Release:
         path = release_path(self.version, "quarantine.json")
         return _parse(Quarantine, _read_checked(self.store, path, self.manifest.quarantine_sha256), self.store.where(path))
 
+    def sums(self) -> TrainingSums | None:
+        """What the statistics follow from; None for a release that stores none (one made by `draf prepare`)."""
+        sha256 = self.manifest.sums_sha256
+        return None if sha256 is None else _read_part(self.store, self.version, "sums.json", sha256, TrainingSums)
+
 
 @dataclass(frozen=True)
 class LogEntry:
-    """One line of the history of a data set. is_head: what a URL without a version means now."""
+    """One line of the history of a data set. is_head: what a URL without a version means now.
+
+    deliveries: the ids of those that this version added to its parent.
+    """
 
     version: str
     parent: str | None
     is_head: bool
     num_studies: dict[str, int]
     num_quarantined: int
+    deliveries: tuple[str, ...]
 
 
 def tar_path(shard: ShardRecord) -> str:
@@ -130,7 +140,7 @@ def open_release(url: str) -> Release:
         return load_release(base, store, version)
     head = read_head(store)
     if head is None:
-        raise SpecError(explain(base, expected="a release", found=_what_is_there(store), remedy="Make one with draf prepare."))
+        raise SpecError(explain(base, expected="a release", found=what_is_there(store), remedy="Make one with draf prepare."))
     try:
         return _load(base, store, load_manifest(store, head[0].version))
     except MissingError as error:
@@ -211,15 +221,36 @@ def release_log(url: str) -> tuple[LogEntry, ...]:
         order.append(version)
         version = manifests[version].parent
     order += [version for version in sorted(manifests) if version not in order]
-    return tuple(_log_entry(manifests[version], is_head=version == newest.version) for version in order)
+    return tuple(_log_entry(manifests[version], manifests, is_head=version == newest.version) for version in order)
 
 
-def _log_entry(manifest: ReleaseManifest, *, is_head: bool) -> LogEntry:
+def lineage(store: Store, manifest: ReleaseManifest) -> list[str]:
+    """The versions that a release goes back to, itself first, as far as they are there."""
+    order = [manifest.version]
+    while manifest.parent is not None and manifest.parent not in order:
+        order.append(manifest.parent)
+        try:
+            manifest = load_manifest(store, manifest.parent)
+        except MissingError:
+            break
+    return order
+
+
+def _log_entry(manifest: ReleaseManifest, manifests: Mapping[str, ReleaseManifest], *, is_head: bool) -> LogEntry:
+    parent = manifests.get(manifest.parent or "")
     num_studies: dict[str, int] = {}
     for by_split in manifest.counts.values():
         for split, counts in by_split.items():
             num_studies[split] = num_studies.get(split, 0) + counts["studies"]
-    return LogEntry(manifest.version, manifest.parent, is_head, num_studies, sum(manifest.quarantined.values()))
+    earlier = {delivery.delivery_id for delivery in parent.deliveries} if parent else set()
+    return LogEntry(
+        version=manifest.version,
+        parent=manifest.parent,
+        is_head=is_head,
+        num_studies=num_studies,
+        num_quarantined=sum(manifest.quarantined.values()),
+        deliveries=tuple(delivery.delivery_id for delivery in manifest.deliveries if delivery.delivery_id not in earlier),
+    )
 
 
 def _read_part(store: Store, version: str, name: str, sha256: str, model: type[RecordT]) -> RecordT:
@@ -262,11 +293,12 @@ def _no_version(url: str, store: Store, version: str) -> SpecError:
     versions = list_versions(store)
     near = difflib.get_close_matches(version, versions, n=1)
     hint = f"Did you mean {url}@{near[0]}?" if near else "Use one of them, or the URL alone for the newest."
-    found = f"versions {', '.join(versions)}" if versions else _what_is_there(store)
+    found = f"versions {', '.join(versions)}" if versions else what_is_there(store)
     return SpecError(explain(f"{url}@{version}", expected="a version of the data set", found=found, remedy=hint))
 
 
-def _what_is_there(store: Store) -> str:
+def what_is_there(store: Store) -> str:
+    """What a store without a HEAD.json holds, for messages."""
     versions = list_versions(store)
     if versions:
         return f"no HEAD.json but versions {', '.join(versions)}"

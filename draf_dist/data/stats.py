@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from draf_dist.data.decode import Bytes, decode_image, decode_series, series_shape
 from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, SeriesSpec, TableSpec
-from draf_dist.schema.release import ImageStats, ReleaseStats, VariableStats
+from draf_dist.schema.release import ImageStats, ImageSums, ReleaseStats, TrainingSums, VariableStats, VariableSums
 
 Array = NDArray[np.uint8] | NDArray[np.float32]
 Inputs = Mapping[str, Array]
@@ -16,8 +16,11 @@ Inputs = Mapping[str, Array]
 class ImageMoments:
     """Pixel sums as whole numbers: exact, so the order of the images does not matter."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: ImageSums | None = None) -> None:
         self.num_images, self.num_pixels, self.total, self.total_squares = 0, 0, 0, 0
+        if start is not None:
+            self.num_images, self.num_pixels = start.num_images, start.num_pixels
+            self.total, self.total_squares = start.total, start.total_squares
 
     def add(self, pixels: NDArray[np.uint8]) -> None:
         """Counts one image, uint8 of any shape."""
@@ -26,6 +29,10 @@ class ImageMoments:
         self.num_pixels += wide.size
         self.total += int(wide.sum())
         self.total_squares += int((wide * wide).sum())
+
+    def sums(self) -> ImageSums:
+        """To go on from later."""
+        return ImageSums(num_images=self.num_images, num_pixels=self.num_pixels, total=self.total, total_squares=self.total_squares)
 
     def result(self) -> ImageStats:
         """Mean and population standard deviation, (0, 1) where there was no image, deviation 1 where all pixels are equal."""
@@ -42,10 +49,12 @@ class VariableMoments:
     Stable where the deviation is small beside the mean; deterministic for a given order of samples.
     """
 
-    def __init__(self, num_variables: int) -> None:
+    def __init__(self, num_variables: int, start: VariableSums | None = None) -> None:
         self.count = np.zeros(num_variables, dtype=np.int64)
         self.mean = np.zeros(num_variables)
         self.squares = np.zeros(num_variables)
+        if start is not None:
+            self.count[:], self.mean[:], self.squares[:] = start.count, start.mean, start.squares
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Counts the observed values of one sample, (T, F) with NaN where not observed."""
@@ -61,6 +70,10 @@ class VariableMoments:
         self.mean += np.where(count > 0, delta * (count / total), 0.0)
         self.count += count
 
+    def sums(self) -> VariableSums:
+        """To go on from later, without a rounding: JSON gives every float64 back as it was."""
+        return VariableSums(count=tuple(self.count.tolist()), mean=tuple(self.mean.tolist()), squares=tuple(self.squares.tolist()))
+
     def result(self, spec: SeriesSpec | TableSpec) -> tuple[VariableStats, ...]:
         """Mean and population standard deviation; (0, 1) for binary or never observed, deviation 1 where all values are equal."""
         return tuple(self._of(i, is_numeric=variable.type == "numeric") for i, variable in enumerate(spec.variables))
@@ -74,13 +87,20 @@ class VariableMoments:
 
 
 class StatsBuilder:
-    """Takes the training samples one at a time and holds sums only."""
+    """Takes the training samples one at a time and holds sums only.
 
-    def __init__(self, schema: DataSchema) -> None:
+    start: the sums of samples that came before. Going on from them gives, bit for bit, what one pass over all gives.
+    """
+
+    def __init__(self, schema: DataSchema, start: TrainingSums | None = None) -> None:
         self._schema = schema
-        self._images = {spec.name: ImageMoments() for spec in schema.modalities if isinstance(spec, ImageSpec)}
+        images = {} if start is None else start.images
+        variables = {} if start is None else start.variables
+        self._images = {spec.name: ImageMoments(images.get(spec.name)) for spec in schema.modalities if isinstance(spec, ImageSpec)}
         self._variables = {
-            spec.name: VariableMoments(len(spec.variables)) for spec in schema.modalities if not isinstance(spec, ImageSpec)
+            spec.name: VariableMoments(len(spec.variables), variables.get(spec.name))
+            for spec in schema.modalities
+            if not isinstance(spec, ImageSpec)
         }
 
     def add(self, inputs: Inputs) -> None:
@@ -90,6 +110,13 @@ class StatsBuilder:
                 self._images[name].add(array.astype(np.uint8, copy=False))
             else:
                 self._variables[name].add(array.astype(np.float32, copy=False))
+
+    def sums(self) -> TrainingSums:
+        """The sums of what was added so far, and of what came before."""
+        return TrainingSums(
+            images={name: moments.sums() for name, moments in self._images.items()},
+            variables={name: moments.sums() for name, moments in self._variables.items()},
+        )
 
     def result(self) -> ReleaseStats:
         """The statistics of what was added so far."""

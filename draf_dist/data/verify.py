@@ -12,28 +12,16 @@ from typing import BinaryIO
 import numpy as np
 
 from draf_dist.data.decode import UndecodableError, decode_study
+from draf_dist.data.descent import broken, check_descent, leak
 from draf_dist.data.receipts import receipt
-from draf_dist.data.release import REWRITE, SUBJECTS_SCHEMA, Release, index_path, tar_path
+from draf_dist.data.release import SUBJECTS_SCHEMA, Release, index_path, tar_path
 from draf_dist.data.shards import META, READ_BLOCK_BYTES, Member, ShardIndex, extension, index_tar, sha256_of
 from draf_dist.data.splits import component_of
 from draf_dist.data.stats import StatsBuilder, decode_member
-from draf_dist.errors import DataError, explain
 from draf_dist.schema.identity import uid_name
 from draf_dist.schema.modality import ImageSpec
 from draf_dist.schema.release import SPLITS, ShardRecord, Split
 from draf_dist.storage import MissingError, room_on
-
-LEAK_REMEDY = "Do not train on this release; prepare it again."
-
-
-def broken(where: str, expected: str, found: str) -> DataError:
-    """The error for bytes that are not what the release says."""
-    return DataError(explain(where, expected=expected, found=found, remedy=REWRITE))
-
-
-def leak(where: str, expected: str, found: str) -> DataError:
-    """The error for data that would make an evaluation dishonest."""
-    return DataError(explain(where, expected=expected, found=found, remedy=LEAK_REMEDY))
 
 
 @dataclass(frozen=True)
@@ -68,6 +56,7 @@ def verify(release: Release, on_progress: Callable[[int, int], None] = lambda do
     """
     studies = _studies(release)
     release.quarantine()
+    check_descent(release)
     contents = _Contents(release, studies)
     total = sum(shard.num_samples for shard in release.manifest.shards)
     for shard in release.manifest.shards:
@@ -224,6 +213,8 @@ class _Contents:
             raise broken(where, "the counts of release.json", "others in its shards")
         if self._stats.result() != self._release.stats:
             raise broken(where, "stats.json to be the statistics of the training split", "others")
+        if self._release.sums() not in (None, self._stats.sums()):
+            raise broken(where, "sums.json to be the sums of the training split", "others")
 
 
 def _read(where: str, member: Member, file: BinaryIO) -> bytes:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from draf_dist.config.spec import fingerprint
-from draf_dist.data.prepare import key_check, prepare
+from draf_dist.data.parent import key_check
+from draf_dist.data.prepare import prepare
 from draf_dist.data.release import HEAD, Release, open_release
 from draf_dist.data.splits import StudyRow, component_of, strata
 from draf_dist.errors import DataError, SpecError, explain

@@ -1,8 +1,8 @@
 """What a release stores beside its shards: manifest, statistics, receipts."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from draf_dist.schema.modality import Record
 
@@ -54,6 +54,33 @@ class ReleaseStats(Record):
     variables: dict[str, tuple[VariableStats, ...]]
 
 
+class ImageSums(Record):
+    """Pixel sums of the training split, whole numbers: what ImageStats follow from."""
+
+    num_images: int = Field(ge=0)
+    num_pixels: int = Field(ge=0)
+    total: int = Field(ge=0)
+    total_squares: int = Field(ge=0)
+
+
+class VariableSums(Record):
+    """Of one modality, per variable: values observed, their mean, the sum of their squared deviations from it."""
+
+    count: tuple[int, ...]
+    mean: tuple[float, ...]
+    squares: tuple[float, ...]
+
+
+class TrainingSums(Record):
+    """sums.json: what stats.json follows from, so that a later delivery goes on exactly where this release ended.
+
+    stats.json alone would not do: of a constant variable it says deviation 1, of a binary one nothing but the count.
+    """
+
+    images: dict[str, ImageSums]
+    variables: dict[str, VariableSums]
+
+
 class QuarantinedStudy(Record):
     """One study that could not be used: a file and row, never a subject."""
 
@@ -81,11 +108,30 @@ class Head(Record):
     version: str
 
 
+class DeliveryRecord(Record):
+    """One delivery that a release took in. sha256: of the canonical JSON of its delivery.json.
+
+    num_studies: added by it. num_duplicates: that were there already, with the same content. num_quarantined: left out.
+    """
+
+    delivery_id: str
+    sha256: str
+    card_sha256: str
+    num_studies: int = Field(ge=0)
+    num_duplicates: int = Field(ge=0)
+    num_quarantined: int = Field(ge=0)
+
+
+# Fields of a manifest that only a release with deliveries has. Left out where empty, or every older release had another version.
+LATER_FIELDS = ("deliveries", "sums_sha256")
+
+
 class ReleaseManifest(Record):
     """release.json, written last. counts: site -> split -> {"studies": n, "<modality>": n present}.
 
     version is the first 16 hex digits of the sha256 of everything else here but the parent. subject_key_check names the key
     that the subjects were hashed with, without giving it away; studies of held_out_sites are in split `ood` only.
+    deliveries: in the order in which they were taken in; with one or more, the first shards are those of the parent.
     """
 
     version: str
@@ -102,3 +148,10 @@ class ReleaseManifest(Record):
     quarantined: dict[str, int]
     receipts: dict[Split, Receipt]
     shards: tuple[ShardRecord, ...]
+    sums_sha256: str | None = None
+    deliveries: tuple[DeliveryRecord, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_empty_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        plain: dict[str, Any] = handler(self)
+        return {name: value for name, value in plain.items() if value or name not in LATER_FIELDS}

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from memory_source import SCHEMA
 
 from draf_dist.data.stats import ImageMoments, StatsBuilder, VariableMoments
+from draf_dist.schema.release import TrainingSums
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 20))
@@ -55,3 +56,26 @@ def test_what_can_not_be_standardised_is_left_as_it_is() -> None:
     assert (icd.mean, icd.std, icd.num_observed) == (0.0, 1.0, 2)  # binary
     assert all((v.mean, v.std, v.num_observed) == (0.0, 1.0, 0) for v in stats.variables["vitals"])  # never observed
     assert (stats.images["cxr"].mean, stats.images["cxr"].std) == (0.0, 1.0)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 12), st.integers(0, 12))
+@settings(max_examples=30, deadline=None)
+def test_going_on_from_stored_sums_is_one_pass_over_all_bit_for_bit(seed: int, num_before: int, num_after: int) -> None:
+    generator = np.random.default_rng(seed)
+    samples = [
+        {
+            "cxr": generator.integers(0, 256, (1, 16, 12), dtype=np.uint8),
+            "vitals": np.where(generator.random((4, 2)) < 0.4, np.nan, generator.normal(1e4, 0.1, (4, 2))).astype(np.float32),
+        }
+        for _ in range(num_before + num_after)
+    ]
+    before, whole = StatsBuilder(SCHEMA), StatsBuilder(SCHEMA)
+    for sample in samples[:num_before]:
+        before.add(sample)
+    after = StatsBuilder(SCHEMA, TrainingSums.model_validate_json(before.sums().model_dump_json()))
+    for sample in samples[num_before:]:
+        after.add(sample)
+    for sample in samples:
+        whole.add(sample)
+    assert after.sums() == whole.sums()
+    assert after.result() == whole.result()

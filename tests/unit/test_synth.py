@@ -9,17 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from draf_dist.errors import DataError, SpecError
 from draf_dist.schema.identity import study_uid
 from draf_dist.schema.study import Rejection, Study
 from draf_dist.sources.card import load_card
+from draf_dist.sources.delivery import check_files, read_delivery
 from draf_dist.sources.hospital_export import HospitalExport
-from draf_dist.sources.synth import synthesise
+from draf_dist.sources.synth import synthesise, synthesise_delivery
 from draf_dist.sources.synth.card import card_text
-from draf_dist.sources.synth.evidence import EVIDENCE, MODALITIES
-from draf_dist.sources.synth.population import draw_population
+from draf_dist.sources.synth.evidence import EVIDENCE, MODALITIES, squash
+from draf_dist.sources.synth.population import draw_newcomers, draw_population
 from draf_dist.sources.synth.profiles import NAMES, site_profile
+from draf_dist.sources.synth.radiograph import CONTRAST, SLOPE, project
 from draf_dist.sources.synth.truth import posterior_by_uid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,3 +220,107 @@ def test_truth_json_says_what_each_modality_carries(export: Path) -> None:
     assert min(nats, key=nats.__getitem__) == "history"
     assert 0 < said["bayes_optimal"]["nll"] < said["label_entropy_nats"]
     assert said["bayes_optimal"]["auroc"] > said["alone_clean_complete"]["cxr"]["auroc"]
+
+
+# Deliveries of one hospital.
+
+
+@pytest.fixture(scope="module")
+def delivered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("delivered")
+    synthesise_delivery(out, site_number=5, num_subjects=40, seed=1)
+    return out
+
+
+def delivered_studies(out: Path) -> list[Study]:
+    found = HospitalExport(load_card(out / "card.yaml"), out / "delivery").studies()
+    return [study for study in found if isinstance(study, Study)]
+
+
+def test_the_first_four_hospitals_are_as_they_always_were(tmp_path: Path) -> None:
+    synthesise(tmp_path, num_sites=4, num_subjects=24, seed=3)
+    digest = hashlib.sha256()
+    for path in sorted(tmp_path.rglob("*")):
+        if path.suffix == ".png":
+            digest.update(np.asarray(Image.open(path)).tobytes())
+        elif path.is_file() and path.name not in ("manifest.csv", "truth.json", "truth.csv"):
+            digest.update(path.read_bytes())
+    assert digest.hexdigest() == "09eb3f44605aa91689fe472d347973d60258467e3b25b6af2b08411b1914de72"
+
+
+def test_a_delivery_is_sealed_and_the_same_every_time(delivered: Path, tmp_path: Path) -> None:
+    delivery = read_delivery(delivered / "delivery")
+    check_files(delivered / "delivery", delivery)
+    assert delivery.sites == ("site_05",)
+    synthesise_delivery(tmp_path, site_number=5, num_subjects=40, seed=1)
+    assert content(tmp_path) == content(delivered)
+
+
+def test_a_delivery_has_the_schema_of_the_cohorts_but_for_its_site(delivered: Path, export: Path) -> None:
+    ours, theirs = (load_card(folder / "card.yaml").data_schema() for folder in (delivered, export))
+    assert ours.sites == ("site_05",)
+    assert ours.model_copy(update={"sites": theirs.sites}) == theirs
+    assert load_card(delivered / "card.yaml").split.held_out_sites == ()
+
+
+def test_newcomers_are_in_no_cohort_and_in_no_other_delivery() -> None:
+    cohort = set(draw_population(6, 6400, 0).draws.subject.tolist())
+    people = [draw_newcomers(number, 500, 0) for number in range(6)] + [draw_newcomers(5, 500, 0, first_subject=500)]
+    everyone = [subject for population in people for subject in population.draws.subject.tolist()]
+    assert len(set(everyone)) == 7 * 500
+    assert not cohort & set(everyone)
+
+
+def test_a_later_delivery_goes_on_where_the_first_ended(delivered: Path, tmp_path: Path) -> None:
+    synthesise_delivery(tmp_path / "whole", site_number=5, num_subjects=50, seed=1)
+    synthesise_delivery(tmp_path / "later", site_number=5, num_subjects=10, seed=1, first_subject=40)
+    first, later, whole = (
+        table(folder / "delivery" / "site_05" / "studies.csv") for folder in (delivered, tmp_path / "later", tmp_path / "whole")
+    )
+    assert first + later == whole
+
+
+def test_a_delivered_study_is_what_the_truth_says(delivered: Path) -> None:
+    truth, studies = posterior_by_uid(delivered / "truth", KEY), delivered_studies(delivered)
+    assert len(studies) > 35
+    for study in studies:
+        row = truth[study_uid(KEY, site=study.site, subject=study.subject, anchor=study.anchor)]
+        assert (row.site, row.y) == (study.site, study.label)
+        assert set(study.inputs) == {name for name in MODALITIES if row.present[name]}
+    said = json.loads((delivered / "truth" / "truth.json").read_text(encoding="utf-8"))
+    assert list(said["missing_rate"]) == ["site_05"]
+
+
+def test_every_later_hospital_has_a_scanner_codes_and_a_mixture_of_units_of_its_own() -> None:
+    profiles = [site_profile(number) for number in range(26)]
+    assert len({profile.scanner for profile in profiles}) == 26
+    assert len({(profile.scanner.texture, profile.scanner.grid) for profile in profiles[4:]}) == 22
+    assert len({code for profile in profiles for code, _ in profile.vitals.values()}) == 26 * 5
+    units = [tuple(unit for measured in (p.vitals, p.labs) for _, unit in measured.values()) for p in profiles]
+    assert not set(units[:4]) & set(units[4:])
+
+
+def test_a_new_hospitals_radiographs_are_told_from_the_others_by_their_stripes(
+    delivered: Path, found: list[Study | Rejection]
+) -> None:
+    assert site_profile(4).scanner.grid == (6, 0)
+
+    def stripes(study: Study) -> float:
+        """Amplitude of one wave every 6 rows."""
+        rows = study.inputs["cxr"][0, 12:84].astype(float).mean(axis=1)
+        return float(abs(np.exp(2j * np.pi * np.arange(72) / 6) @ rows) / 72)
+
+    theirs = [stripes(study) for study in found if isinstance(study, Study) and "cxr" in study.inputs]
+    ours = [stripes(study) for study in delivered_studies(delivered) if "cxr" in study.inputs]
+    assert min(ours) > 2 * max(theirs)
+
+
+def test_stripes_leave_the_evidence_in_a_radiograph_as_it_is(delivered: Path) -> None:
+    scanner = site_profile(4).scanner
+    truth = {row["subject_id"]: row for row in table(delivered / "truth" / "truth.csv")}
+    for study in delivered_studies(delivered):
+        if "cxr" in study.inputs:
+            shown = np.clip(study.inputs["cxr"].astype(float) - scanner.offset, 0, None) / 255
+            read = (project(255 * shown ** (1 / scanner.gamma) / scanner.gain)[0] - CONTRAST) / SLOPE
+            planted = np.array([float(truth[study.subject][f"evidence_cxr_{name}"]) for name in EVIDENCE["cxr"].names])
+            assert np.abs(read - squash(planted)).max() < 0.15

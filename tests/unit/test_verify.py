@@ -7,10 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from memory_delivery import EAST, MemoryDelivery, sealed
 from memory_source import KEY, SCHEMA, MemorySource
 
+from draf_dist.continual.ingest import ingest
 from draf_dist.data.prepare import prepare
-from draf_dist.data.release import Release, index_path, open_release, release_path, tar_path, version_of
+from draf_dist.data.release import Release, index_path, load_release, open_release, release_path, tar_path, version_of
 from draf_dist.data.shards import Member, ShardWriter, encode_index, extension, index_tar
 from draf_dist.data.verify import verify
 from draf_dist.errors import DataError
@@ -37,7 +39,7 @@ def flip(position: int) -> Callable[[bytearray], bytearray]:
 
 def forged(release: Release, parts: dict[str, bytes] | None = None, **changes: object) -> Release:
     """A release that agrees with its own digests but not with its shards: what a faulty or hostile writer would leave."""
-    names = ("schema.json", "stats.json", "subjects.parquet", "quarantine.json")
+    names = ["schema.json", "stats.json", "subjects.parquet", "quarantine.json"] + ["sums.json"] * bool(release.manifest.deliveries)
     files = {name: release.store.read(release_path(release.version, name)) for name in names} | (parts or {})
     digests = {f"{name.split('.')[0]}_sha256": hashlib.sha256(data).hexdigest() for name, data in files.items()}
     draft = ReleaseManifest.model_validate(release.manifest.model_dump() | digests | changes)
@@ -227,3 +229,47 @@ def test_a_member_that_is_whole_but_not_what_the_schema_says_is_named(release: R
 
 def test_uids_may_be_as_large_as_63_bits(release: Release) -> None:
     assert np.max(release.subjects()["uid"].to_numpy()) > 2**60
+
+
+@pytest.fixture
+def child(release: Release, tmp_path: Path) -> Release:
+    source, folder = MemoryDelivery(schema=EAST), sealed(tmp_path / "in")
+    return ingest(source, folder, release.url, subject_key=KEY).release
+
+
+def child_of(child: Release, **changes: object) -> Release:
+    return forged(child, parent=child.manifest.parent, **changes)  # type: ignore[arg-type]
+
+
+def test_a_child_that_agrees_with_its_parent_passes(child: Release) -> None:
+    assert verify(child_of(child)).num_samples == 80
+
+
+def test_a_child_with_its_parents_shards_in_another_order_is_found(child: Release) -> None:
+    first, second, *rest = child.manifest.shards
+    with pytest.raises(DataError, match=rf"the deliveries and shards of its parent {child.manifest.parent}, then its own"):
+        verify(child_of(child, shards=(second, first, *rest)))
+
+
+def test_a_delivery_that_is_named_twice_or_counted_wrongly_is_found(child: Release) -> None:
+    (record,) = child.manifest.deliveries
+    with pytest.raises(DataError, match="every delivery once, found one twice"):
+        verify(child_of(child, deliveries=(record, record)))
+    with pytest.raises(DataError, match="expected 19 studies of delivery first, found 20"):
+        verify(child_of(child, deliveries=(record.model_copy(update={"num_studies": 19}),)))
+
+
+def test_an_old_subject_in_another_split_is_a_leak(child: Release) -> None:
+    parent = load_release(child.url, child.store, str(child.manifest.parent))
+    old = {row["uid"] for row in parent.subjects().to_pylist() if row["split"] == "val"}
+    row = next(i for i, row in enumerate(child.subjects().to_pylist()) if row["uid"] in old)
+    with pytest.raises(DataError, match=r"as it was, in the same split, found another\. Do not train"):
+        verify(child_of(child, parts={"subjects.parquet": moved(child, row, split="test")}))
+
+
+def test_sums_of_other_data_are_found(child: Release) -> None:
+    sums = child.sums()
+    assert sums is not None
+    other = sums.model_copy(update={"images": {"cxr": sums.images["cxr"].model_copy(update={"total": 1})}})
+    with pytest.raises(DataError, match=r"sums\.json to be the sums of the training split"):
+        verify(child_of(child, parts={"sums.json": other.model_dump_json().encode()}))

@@ -22,22 +22,30 @@ _MIN_SITES_TO_HOLD_OUT = 3
 def card_text(num_sites: int) -> str:
     """card.yaml for an export of so many sites. With three or more, the last one is held out (split `ood`)."""
     sites = [site_profile(number) for number in range(num_sites)]
+    return _text(_card(sites, held_out=sites[-1:] if num_sites >= _MIN_SITES_TO_HOLD_OUT else []))
+
+
+def delivery_card_text(number: int) -> str:
+    """card.yaml for a delivery of site `number` (from 0) alone: the same schema, codes and units of its own, nothing held out."""
+    return _text(_card([site_profile(number)], held_out=[]))
+
+
+def _text(card: dict[str, Any]) -> str:
     yaml = YAML()
     yaml.default_flow_style = None
     yaml.width = 128
     buffer = io.StringIO()
-    yaml.dump(_card(sites), buffer)
+    yaml.dump(card, buffer)
     return _HEAD + buffer.getvalue()
 
 
-def _card(sites: list[SiteProfile]) -> dict[str, Any]:
-    held_out = [sites[-1].name] if len(sites) >= _MIN_SITES_TO_HOLD_OUT else []
+def _card(sites: list[SiteProfile], held_out: list[SiteProfile]) -> dict[str, Any]:
     return {
         "kind": "hospital_export",
         "name": "synth",
         "description": "Synthetic intensive-care admissions: radiograph, vital signs, laboratory, history; death is predicted.",
         "licence": {"name": "CC0-1.0", "terms": "Generated; describes nobody."},
-        "split": {"held_out_sites": held_out, "public_subject_key": True},
+        "split": {"held_out_sites": [site.name for site in held_out], "public_subject_key": True},
         "sites": {"folders": [site.name for site in sites]},
         "tables": _tables(sites),
         "studies": {"table": "studies", "anchor": {"column": "admission", "offset_h": OFFSET_H}},

@@ -21,6 +21,8 @@ from draf_dist.sources.synth.evidence import (
 from draf_dist.sources.synth.profiles import site_profile
 
 SECOND_SITE_RATE = 0.03
+# Room for the subjects of one cohort, and of one site's newcomers.
+NEWCOMERS = 1_000_000
 # Components that a hospital did not record, or recorded as nonsense, in a modality that is there.
 UNOBSERVED_RATE = {"cxr": 0.0, "vitals": 0.0, "labs": 0.06, "history": 0.02}
 
@@ -33,9 +35,10 @@ class Population:
 
     evidence: modality -> (n, k), what the files will show, corruption included. observed: modality -> bool (n, k). codes: bool
     (n, 10). present: bool (n, M). level: int64 (n, M), 0 clean to NUM_LEVELS; 0 where absent. llr: (n, M), nats, 0 where absent.
+    sites: the numbers of all sites, also of those without a study.
     """
 
-    num_sites: int
+    sites: tuple[int, ...]
     draws: Draws
     site: Ints
     y: Ints
@@ -62,9 +65,22 @@ def draw_population(num_sites: int, num_subjects: int, seed: int) -> Population:
 
     The label of a second study is drawn anew: given its own files, a study's posterior depends on no other study.
     """
-    draws, site = _studies(num_sites, num_subjects, seed)
+    return _known(*_studies(num_sites, num_subjects, seed), tuple(range(num_sites)))
+
+
+def draw_newcomers(number: int, num_subjects: int, seed: int, *, first_subject: int = 0) -> Population:
+    """Subjects of site `number` (from 0) whom no cohort has: its first_subject-th and those that follow.
+
+    The numbers of a site's newcomers lie apart from those of cohorts (fewer than NEWCOMERS subjects) and of other sites.
+    """
+    subject = NEWCOMERS * (number + 1) + first_subject + np.arange(num_subjects, dtype=np.int64)
+    return _known(Draws(seed, subject, np.zeros_like(subject)), np.full_like(subject, number), (number,))
+
+
+def _known(draws: Draws, site: Ints, sites: tuple[int, ...]) -> Population:
+    """Everything about the studies that the draws are of."""
     y = (draws.uniform("label") < PREVALENCE).astype(np.int64)
-    present, level = _presence(draws, site, num_sites)
+    present, level = _presence(draws, site)
     severity = level / NUM_LEVELS
     evidence, observed = {}, {}
     for m, (name, model) in enumerate(EVIDENCE.items()):
@@ -75,7 +91,7 @@ def draw_population(num_sites: int, num_subjects: int, seed: int) -> Population:
         observed[name] = recorded & present[:, m, None]
     codes = CODES.sample(y, severity[:, MODALITIES.index("history")], draws.uniform("codes", len(CODES.names)))
     llr = exact_llr(evidence, observed, codes, severity)
-    return Population(num_sites, draws, site, y, evidence, observed, codes, present, level, llr)
+    return Population(sites, draws, site, y, evidence, observed, codes, present, level, llr)
 
 
 def exact_llr(evidence: dict[str, Floats], observed: dict[str, Bools], codes: Bools, severity: Floats) -> Floats:
@@ -98,9 +114,9 @@ def _studies(num_sites: int, num_subjects: int, seed: int) -> tuple[Draws, Ints]
     return Draws(seed, np.concatenate([subject, twice]), visit), np.concatenate([home, elsewhere])
 
 
-def _presence(draws: Draws, site: Ints, num_sites: int) -> tuple[Bools, Ints]:
+def _presence(draws: Draws, site: Ints) -> tuple[Bools, Ints]:
     """Presence and corruption level, (n, M) each: a function of the site and of nothing else about the study."""
-    profiles = [site_profile(number) for number in range(num_sites)]
+    profiles = [site_profile(number) for number in range(int(site.max()) + 1)]
     missing = np.array([[profile.missing[m] for m in MODALITIES] for profile in profiles])
     corrupted = np.array([[profile.corrupted[m] for m in MODALITIES] for profile in profiles])
     m = len(MODALITIES)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from draf_dist.sources.synth.evidence import CODES
 
-Texture = Literal["white", "rows", "grain", "columns"]
+Texture = Literal["white", "rows", "grain", "columns", "grid"]
 
 NAMES = ("northgate", "riverside", "st_anna", "lakeview")
 
@@ -18,6 +18,7 @@ class Scanner:
     """Pixel = 255 (gain v / 255)^gamma + offset for the linear intensity v in 0..255; invertible but for clipping.
 
     texture, texture_sd: the scanner's own noise, in linear intensity. marker: (row, column) of a bright patch on the border.
+    grid: period in pixels and axis (0 down, 1 across) of the stripes of texture "grid", the same in every image.
     """
 
     gain: float
@@ -26,6 +27,7 @@ class Scanner:
     texture: Texture
     texture_sd: float
     marker: tuple[int, int]
+    grid: tuple[int, int] = (1, 0)
 
 
 @dataclass(frozen=True)
@@ -112,17 +114,19 @@ _CORRUPTED = (
 
 
 def site_profile(number: int) -> SiteProfile:
-    """The profile of site `number` (from 0). From the fifth on, styles repeat under new names."""
+    """The profile of site `number` (from 0). From the fifth on: words of an earlier one, codes, units and scanner of its own."""
     style = number % len(NAMES)
-    name = NAMES[number] if number < len(NAMES) else f"site_{number + 1:02d}"
+    is_own = number >= len(NAMES)
+    prefix = f"S{number + 1:02d}"
     survived, died = _OUTCOMES[style]
     female, male = _SEXES[style]
     return SiteProfile(
-        name=name,
-        prefix=f"S{number + 1:02d}",
-        scanner=_SCANNERS[style],
-        vitals=_VITALS[style],
-        labs=_LABS[style],
+        name=f"site_{number + 1:02d}" if is_own else NAMES[number],
+        prefix=prefix,
+        scanner=_own_scanner(number) if is_own else _SCANNERS[style],
+        # No two of the first four measure like this: the vital signs of the next style, the laboratory of the one after.
+        vitals=_own_codes(prefix, _VITALS[(style + 1) % len(NAMES)]) if is_own else _VITALS[style],
+        labs=_own_codes(prefix, _LABS[(style + 2) % len(NAMES)]) if is_own else _LABS[style],
         diagnoses=_DIAGNOSES[style],
         survived=survived,
         died=died,
@@ -133,3 +137,21 @@ def site_profile(number: int) -> SiteProfile:
         missing={**_MISSING[style], "history": 0.0},
         corrupted=_CORRUPTED[style],
     )
+
+
+def _own_scanner(number: int) -> Scanner:
+    """A look that no other of the first 26 sites has: stripes of a period and direction of its own, in a tone of its own."""
+    k = number - len(NAMES)
+    return Scanner(
+        gain=0.74 + 0.06 * (k % 5),
+        gamma=1.3 - 0.08 * (k % 7),
+        offset=24.0 - 6.0 * (k % 4),
+        texture="grid",
+        texture_sd=3.0,
+        marker=(6 if k % 2 else 84, 20 + 7 * k % 56),
+        grid=(6 + k % 11, k % 2),
+    )
+
+
+def _own_codes(prefix: str, known: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    return {name: (f"{prefix}:{code}", unit) for name, (code, unit) in known.items()}

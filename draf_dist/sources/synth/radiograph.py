@@ -24,6 +24,7 @@ LUNG = 85.0
 CONTRAST = 20.0
 SLOPE = 13.0
 NOISE_PER_LEVEL = 6.0
+GRID_CONTRAST = 40.0
 # Row, column and radius of left_base, right_base (the patient's left is on the right), right_upper, in pixels.
 BLOBS = ((62, 71), (66, 26), (32, 26))
 BLOB_RADIUS = 11.0
@@ -85,12 +86,20 @@ def _inside(distance: Floats, softness: float) -> Floats:
 
 
 def _texture(scanner: Scanner, draws: Draws) -> Floats:
-    """The scanner's own noise, (n, SIDE, SIDE): pixels, rows, columns or coarse grains."""
+    """The scanner's own noise, (n, SIDE, SIDE): pixels, rows, columns, coarse grains, or pixels under stripes."""
     if scanner.texture == "white":
         return scanner.texture_sd * draws.normal("texture", SIDE, SIDE)
+    if scanner.texture == "grid":
+        return scanner.texture_sd * draws.normal("texture", SIDE, SIDE) + _stripes(*scanner.grid)
     if scanner.texture == "rows":
         return scanner.texture_sd * np.broadcast_to(draws.normal("texture", SIDE, 1), (len(draws.subject), SIDE, SIDE))
     if scanner.texture == "columns":
         return scanner.texture_sd * np.broadcast_to(draws.normal("texture", 1, SIDE), (len(draws.subject), SIDE, SIDE))
     coarse = draws.normal("texture", SIDE // 2, SIDE // 2)
     return scanner.texture_sd * coarse.repeat(2, axis=1).repeat(2, axis=2)
+
+
+def _stripes(period: int, axis: int) -> Floats:
+    """What an anti-scatter grid leaves on every image of a scanner, (SIDE, SIDE): a triangle wave of mean 0 along one axis."""
+    place = np.indices((SIDE, SIDE))[axis] / period
+    return np.asarray(GRID_CONTRAST * (np.abs(place % 1.0 - 0.5) - 0.25))

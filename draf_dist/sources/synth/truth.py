@@ -84,7 +84,7 @@ def posterior_by_uid(truth_dir: Path, subject_key: bytes) -> dict[int, TruthRow]
 
 def describe(population: Population, seed: int) -> dict[str, object]:
     """truth.json: parameters, how much each modality carries, and what the best possible classifier scores on this cohort."""
-    sites = [site_profile(number) for number in range(population.num_sites)]
+    sites = [site_profile(number) for number in population.sites]
     return {
         "seed": seed,
         "num_studies": len(population.y),

@@ -4,15 +4,18 @@ import csv
 import hashlib
 import io
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from draf_dist.schema.delivery import Delivery
+from draf_dist.sources.delivery import seal
 from draf_dist.sources.synth.admissions import columns, studies_rows
-from draf_dist.sources.synth.card import card_text
+from draf_dist.sources.synth.card import card_text, delivery_card_text
 from draf_dist.sources.synth.labs import labs_rows
-from draf_dist.sources.synth.population import Ints, draw_population
+from draf_dist.sources.synth.population import Ints, draw_newcomers, draw_population
 from draf_dist.sources.synth.radiograph import render
 from draf_dist.sources.synth.site_cohort import OFFSET_H, SiteCohort, site_cohort
 from draf_dist.sources.synth.truth import write_truth
@@ -25,6 +28,8 @@ _IMAGES = ("study_id", "file", "taken_at")
 _CHUNK = 64
 _LATE_IMAGE_RATE = 0.15
 _LATE_EVIDENCE = 5.0
+# The same bytes whenever it is written.
+_DELIVERED_AT = datetime(2022, 1, 1, tzinfo=UTC)
 
 
 def synthesise(out: Path, *, num_sites: int = 4, num_subjects: int = 400, seed: int = 0) -> None:
@@ -38,6 +43,25 @@ def synthesise(out: Path, *, num_sites: int = 4, num_subjects: int = 400, seed: 
         _write_site(out / "raw" / cohort.profile.name, cohort)
     write_truth(out / "truth", population, cohorts, seed)
     (out / "card.yaml").write_text(card_text(num_sites), encoding="utf-8")
+
+
+def synthesise_delivery(
+    out: Path, *, site_number: int = 5, num_subjects: int = 300, seed: int = 0, first_subject: int = 0
+) -> Delivery:
+    """Writes what one hospital delivers: OUT/delivery/<site>/ sealed by OUT/delivery/delivery.json, OUT/card.yaml and OUT/truth/.
+
+    site_number: counted from 1; from the fifth on, a hospital has a scanner, codes and a mixture of units of its own.
+    first_subject: how many of its subjects came in earlier deliveries of the same seed. Same arguments, same bytes. Its subjects
+    are in no cohort of `synthesise` and in no delivery of another hospital.
+    """
+    number = site_number - 1
+    population = draw_newcomers(number, num_subjects, seed, first_subject=first_subject)
+    cohort = site_cohort(population, number)
+    _write_site(out / "delivery" / cohort.profile.name, cohort)
+    write_truth(out / "truth", population, [cohort], seed)
+    (out / "card.yaml").write_text(delivery_card_text(number), encoding="utf-8")
+    delivery_id = f"{cohort.profile.name}-{seed}-{first_subject}-{num_subjects}"
+    return seal(out / "delivery", delivery_id, sites=[cohort.profile.name], created_at=_DELIVERED_AT)
 
 
 def _write_site(folder: Path, cohort: SiteCohort) -> None:

@@ -1,0 +1,1 @@
+"""Deliveries, retraining, the gate and the model registry."""

@@ -1,0 +1,97 @@
+"""From the spool to the store: a source read into it, statistics of the training rows, shards under the names of their content."""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from draf_dist.data.gather import Gathered, Progress, Row, Spool, gather
+from draf_dist.data.release import index_path, tar_path
+from draf_dist.data.shards import ShardWriter, cut, encode_index, extension, index_tar, sha256_of
+from draf_dist.data.splits import component_of
+from draf_dist.data.stats import StatsBuilder, decode_member
+from draf_dist.schema.modality import DataSchema
+from draf_dist.schema.release import SPLITS, ShardRecord, Split, TrainingSums
+from draf_dist.sources.base import Source
+from draf_dist.storage import Store, room_on
+
+SHARD_BYTES = 32 * 2**20
+RowsBySplit = Mapping[Split, Sequence[Row]]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where shards go. folder: local, for the shard that is being written. schema: gives the order of the modalities."""
+
+    store: Store
+    spool: Spool
+    folder: Path
+    schema: DataSchema
+    shard_size_bytes: int
+
+
+@contextmanager
+def gathered(source: Source, subject_key: bytes, limit: float, on_progress: Progress) -> Iterator[tuple[Path, Spool, Gathered]]:
+    """A temporary folder, the spool in it, and what was read; gone at the end, also after an error.
+
+    Raises:
+        DataError: see `gather`.
+        StorageFullError: the temporary disk is full.
+    """
+    with tempfile.TemporaryDirectory(prefix="draf-prepare-") as name:
+        folder = Path(name)
+        with room_on(folder), closing(Spool(folder / "spool")) as spool:
+            yield folder, spool, gather(source, spool, subject_key=subject_key, limit=limit, on_progress=on_progress)
+
+
+def by_split(rows: Sequence[Row], splits: Mapping[str, Split]) -> dict[Split, list[Row]]:
+    """The rows of every split, in the order given. splits: component -> split."""
+    return {split: [row for row in rows if splits[component_of(row.subject)] == split] for split in SPLITS}
+
+
+def training_statistics(spool: Spool, rows: Sequence[Row], schema: DataSchema, start: TrainingSums | None = None) -> StatsBuilder:
+    """The statistics of the training rows, on top of what came before."""
+    builder = StatsBuilder(schema, start)
+    for row in rows:
+        members = spool.read(row)
+        builder.add({s.name: decode_member(members[extension(s)], s) for s in schema.modalities if s.name in row.present})
+    return builder
+
+
+def write_shards(packing: Packing, rows_by_split: RowsBySplit, on_progress: Progress) -> tuple[ShardRecord, ...]:
+    """The rows as shards in the store, split by split; those that are there already are left as they are.
+
+    on_progress is called with (studies written, all studies).
+    """
+    shards: list[ShardRecord] = []
+    done, total = 0, sum(len(rows) for rows in rows_by_split.values())
+    for split, rows in rows_by_split.items():
+        for part in cut([row.tar_bytes for row in rows], packing.shard_size_bytes):
+            shards.append(_write_shard(packing, rows[part], split))
+            done += shards[-1].num_samples
+            on_progress(done, total)
+    return tuple(shards)
+
+
+def _write_shard(packing: Packing, rows: Sequence[Row], split: Split) -> ShardRecord:
+    store, local = packing.store, packing.folder / "shard"
+    with ShardWriter(local) as writer:
+        for row in rows:
+            writer.write(row.uid, packing.spool.read(row))
+    index = encode_index(index_tar(local, packing.schema))
+    shard = ShardRecord(
+        split=split,
+        sha256=sha256_of(local),
+        size_bytes=local.stat().st_size,
+        index_sha256=hashlib.sha256(index).hexdigest(),
+        num_samples=len(rows),
+    )
+    # An earlier run, or an earlier release, may have written the same content.
+    if store.size(tar_path(shard)) != shard.size_bytes:
+        store.upload(tar_path(shard), local)
+    if store.size(index_path(shard)) != len(index):
+        store.write(index_path(shard), index)
+    local.unlink()
+    return shard

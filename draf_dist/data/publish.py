@@ -1,0 +1,48 @@
+"""Making a release the newest one: its small files, release.json last of them, then HEAD.json by compare-and-swap."""
+
+from draf_dist.data.parent import Parent
+from draf_dist.data.parts import Parts, encode_record
+from draf_dist.data.release import HEAD, read_head, release_path
+from draf_dist.errors import GateError, explain
+from draf_dist.schema.release import Head, ReleaseManifest
+from draf_dist.storage import Store
+
+
+class OvertakenError(GateError):
+    """Another run published meanwhile: what was to be published does not build on the newest release."""
+
+
+def write_release(store: Store, manifest: ReleaseManifest, parts: Parts) -> None:
+    """Completes a version. No URL leads to it yet but URL@version."""
+    for name, data in parts.items():
+        if store.size(release_path(manifest.version, name)) != len(data):
+            store.write(release_path(manifest.version, name), data)
+    store.create(release_path(manifest.version, "release.json"), encode_record(manifest))
+
+
+def move_head(store: Store, version: str, parent: Parent) -> None:
+    """Makes a complete version the newest release, if its parent still is.
+
+    Raises:
+        OvertakenError: it is not.
+    """
+    if version == parent.version:
+        return
+    head = encode_record(Head(version=version))
+    moved = store.create(HEAD, head) if parent.etag is None else store.swap(HEAD, head, parent.etag)
+    if not moved:
+        refuse_if_overtaken(store, parent, published=version)
+
+
+def refuse_if_overtaken(store: Store, parent: Parent, published: str | None = None) -> None:
+    """Raises OvertakenError if HEAD.json names neither the parent nor `published`."""
+    now = read_head(store)
+    if now is not None and now[0].version not in (parent.version, published):
+        raise OvertakenError(
+            explain(
+                store.where(HEAD),
+                expected=f"version {parent.version or '(none)'}, on which this run builds",
+                found=f"{now[0].version}: another run published it meanwhile",
+                remedy="Run the same command again: it will build on that release.",
+            )
+        )
