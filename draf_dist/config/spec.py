@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -121,10 +122,16 @@ def _override_value(dotted: str, text: str) -> Any:
 
 def dump_yaml(model: BaseModel, path: Path) -> None:
     """Writes every field, defaults filled in."""
+    path.write_text(yaml_text(model), encoding="utf-8")
+
+
+def yaml_text(model: BaseModel) -> str:
+    """Every field as YAML, defaults filled in."""
     yaml = YAML()
     yaml.default_flow_style = False
-    with path.open("w", encoding="utf-8") as file:
-        yaml.dump(model.model_dump(mode="json"), file)
+    text = io.StringIO()
+    yaml.dump(model.model_dump(mode="json"), text)
+    return text.getvalue()
 
 
 def canonical_json(value: BaseModel | dict[str, Any] | list[Any]) -> bytes:
