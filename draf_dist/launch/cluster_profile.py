@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -13,6 +13,17 @@ from draf_dist.launch.profile import PROFILES, OneProcessProfile, Profile, RayPr
 
 _IMAGE = re.compile(r"^[^\s@]+(?::(?!latest$)[\w][\w.-]{0,127}|@sha256:[0-9a-f]{64})$")
 _NAME = r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$"
+# What Kubernetes lets an object, a label's value and a label's key be called.
+_OBJECT = r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$"
+_LABEL = r"^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$"
+_LABEL_KEY = r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$"
+_GPU_RESOURCE = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[a-z0-9]([a-z0-9._-]*[a-z0-9])?$"
+_IAM = r"^[A-Za-z0-9_+=,.@-]{1,128}$"
+_EMAIL = r"^[a-z0-9-]+@[a-z0-9.-]+\.gserviceaccount\.com$"
+ObjectName = Annotated[str, Field(pattern=_OBJECT)]
+Label = Annotated[str, Field(pattern=_LABEL)]
+LabelKey = Annotated[str, Field(pattern=_LABEL_KEY)]
+Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class NodeShape(Spec):
@@ -43,40 +54,62 @@ class Kubernetes(Spec):
     """Names of things in a Kubernetes cluster; secrets are made there, never here.
 
     auth_secret: holds Ray's token under `auth_token`. storage_secret: its keys become variables of the pods (AWS_ACCESS_KEY_ID and
-    so on); None where a service account gives access to the store. queue: of Kueue. gpu_resource: what pods call a GPU.
+    so on); None where a service account gives access to the store. queue: of Kueue. gpu_resource: what pods call a GPU. shm_gib:
+    shared memory of a pod that trains, part of its memory. scratch_gib: room of a pod for what it writes, which is gone with it.
+    node_selector: of the nodes that train. store_ports: where object stores answer; nothing else outside is reached.
+    operator_namespace: where KubeRay's operator runs, which asks the head how the job stands; None lets it ask from any.
     """
 
     namespace: str = Field("default", pattern=_NAME)
-    service_account: str | None = None
-    auth_secret: str = "ray-auth-token"
-    storage_secret: str | None = "object-store"
-    image_pull_secret: str | None = None
-    queue: str | None = None
-    gpu_resource: str = "nvidia.com/gpu"
+    service_account: ObjectName | None = None
+    auth_secret: ObjectName = "ray-auth-token"
+    storage_secret: ObjectName | None = "object-store"
+    image_pull_secret: ObjectName | None = None
+    queue: Label | None = None
+    gpu_resource: str = Field("nvidia.com/gpu", pattern=_GPU_RESOURCE)
     shm_gib: int = Field(2, ge=1)
-    node_selector: dict[str, str] = {}
+    scratch_gib: int = Field(20, ge=1)
+    node_selector: dict[LabelKey, Label] = {}
+    store_ports: tuple[Port, ...] = Field((443,), min_length=1)
+    operator_namespace: ObjectName | None = None
 
 
 class Aws(Spec):
-    """Where on EC2. instance_profile: the IAM role by which nodes reach the store, so that no key lies on them."""
+    """Where on EC2. image_id: a machine image with Docker and, for GPUs, NVIDIA's driver and container toolkit.
 
-    region: str
-    head_instance: str
-    worker_instance: str
-    instance_profile: str
-    availability_zone: str | None = None
+    instance_profile: the IAM role by which nodes reach the store, so that no key lies on them; head_instance_profile: the head's,
+    which may also start and end nodes. subnets, security_groups: of a private network; Ray's own group would open SSH to the world.
+    """
+
+    region: str = Field(pattern=r"^[a-z]{2}(-[a-z]+)+-[0-9]$")
+    head_instance: str = Field(pattern=r"^[a-z0-9-]+\.[a-z0-9-]+$")
+    worker_instance: str = Field(pattern=r"^[a-z0-9-]+\.[a-z0-9-]+$")
+    image_id: str = Field(pattern=r"^ami-([0-9a-f]{8}|[0-9a-f]{17})$")
+    instance_profile: str = Field(pattern=_IAM)
+    head_instance_profile: str = Field(pattern=_IAM)
+    subnets: tuple[Annotated[str, Field(pattern=r"^subnet-[0-9a-f]+$")], ...] = Field(min_length=1)
+    security_groups: tuple[Annotated[str, Field(pattern=r"^sg-[0-9a-f]+$")], ...] = Field(min_length=1)
+    disk_gib: int = Field(200, ge=50)
 
 
 class Gcp(Spec):
-    """Where on Compute Engine. accelerator: type of the GPU of worker nodes, for instance nvidia-l4; None without."""
+    """Where on Compute Engine. boot_image: with Docker and, for GPUs, NVIDIA's container toolkit (the driver is installed at boot).
 
-    region: str
-    zone: str
-    project: str
-    head_machine: str
-    worker_machine: str
-    service_account: str
-    accelerator: str | None = None
+    accelerator: type of the GPU of worker nodes, for instance nvidia-l4; None without. service_account: of the nodes that train;
+    head_service_account: of the head, which may also start and end nodes. subnetwork: its nodes get no public address.
+    """
+
+    region: str = Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")
+    zone: str = Field(pattern=r"^[a-z]+-[a-z]+[0-9]+-[a-z]$")
+    project: str = Field(pattern=r"^[a-z]([a-z0-9-]{4,28}[a-z0-9])$")
+    head_machine: str = Field(pattern=r"^[a-z0-9]+-[a-z0-9-]+$")
+    worker_machine: str = Field(pattern=r"^[a-z0-9]+-[a-z0-9-]+$")
+    boot_image: str = Field(pattern=r"^projects/[^/\s]+/global/images/(family/)?[^/\s]+$")
+    service_account: str = Field(pattern=_EMAIL)
+    head_service_account: str = Field(pattern=_EMAIL)
+    accelerator: str | None = Field(None, pattern=r"^[a-z0-9-]+$")
+    subnetwork: str = Field("default", pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$")
+    disk_gib: int = Field(200, ge=50)
 
 
 class ClusterProfile(Spec):
@@ -117,6 +150,8 @@ class ClusterProfile(Spec):
 
     @model_validator(mode="after")
     def _fits(self) -> "ClusterProfile":
+        if self.workers.most < self.workers.count:
+            raise ValueError(f"workers.max_count: expected at least count, {self.workers.count}")
         if self.train.address != "auto":
             raise ValueError("train.address: expected auto, since the command runs on a node of this cluster")
         places = self.workers.most * places_on_node(self.workers, self.train)
@@ -124,6 +159,9 @@ class ClusterProfile(Spec):
             places = places_on_node(self.head, self.train)
         if places < self.train.workers:
             raise ValueError(f"train.workers: expected at most {places}, which is what the nodes hold")
+        at_first = self.workers.count * places_on_node(self.workers, self.train)
+        if self.workers.most > 0 and at_first < self.train.workers and not self.train.nodes_timeout_s:
+            raise ValueError("train.nodes_timeout_s: expected how long to wait for the nodes that the autoscaler brings, found 0")
         return self
 
 

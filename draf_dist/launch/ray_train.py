@@ -24,7 +24,6 @@ from draf_dist.launch.ray_desk import Desk, DeskLines, DeskStop
 from draf_dist.launch.ray_failures import FailureWatch, as_draf_error
 from draf_dist.training.backend import Backend
 from draf_dist.training.interrupt import Interrupt
-from draf_dist.training.job import FinetuneJob
 from draf_dist.training.jobs import AnyJob
 from draf_dist.training.run import ONE_PROCESS, RUNS, RunResult, StopRequest, attempt, begin
 
@@ -72,8 +71,7 @@ def train_on_ray(
             return attempt(folder.url, ONE_PROCESS, console, Interrupt())
         cluster = stack.enter_context(ray_cluster(profile))
         if not cluster.is_this_machine:
-            pretrained = job.pretrained if isinstance(job, FinetuneJob) else {}
-            check_reach(cluster.num_nodes, {"--out": out or RUNS, "release": job.release, **pretrained})
+            check_reach(cluster.num_nodes, {"--out": out or RUNS, **job.reads})
         cluster.make_room(profile)
         folder = folder or begin(job, out, fresh=fresh, resume=resume)
         desk = Desk.open(_lent(cluster))

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from draf_dist.cli.app import app
 from draf_dist.errors import SpecError
-from draf_dist.launch.cluster_profile import load_cluster, load_profile
+from draf_dist.launch.cluster_profile import NodeShape, load_cluster, load_profile, places_on_node
 from draf_dist.launch.profile import OneProcessProfile, RayProfile
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
@@ -97,3 +97,55 @@ def test_an_image_without_a_version_is_refused(tmp_path: Path) -> None:
     text = (CLUSTER / "profiles" / "laptop.yaml").read_text().replace("draf_dist:0.1.0-cpu", "draf_dist:latest")
     with pytest.raises(SpecError, match="version or a digest"):
         load_cluster(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("path", sorted((CLUSTER / "profiles").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_readme_names_every_cluster_that_is_shipped(path: Path) -> None:
+    assert f"[profiles/{path.name}](profiles/{path.name})" in (CLUSTER / "README.md").read_text()
+
+
+def test_a_node_holds_as_many_workers_as_the_scarcer_of_cpus_and_gpus_allows() -> None:
+    train = RayProfile(address="auto", cpus_per_worker=8, gpus_per_worker=1)
+    assert places_on_node(NodeShape(cpus=48, memory_gib=1, gpus=4), train) == 4
+    assert places_on_node(NodeShape(cpus=17, memory_gib=1, gpus=4), train) == 2
+    assert places_on_node(NodeShape(cpus=48, memory_gib=1), train) == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "problem"),
+    [
+        ("count: 2, max_count: 4", "count: 2, max_count: 1", "workers.max_count: expected at least count, 2"),
+        ("nodes_timeout_s: 1800", "nodes_timeout_s: 0", "train.nodes_timeout_s: expected how long to wait"),
+        ("address: auto", "address: 10.0.0.1:6379", "train.address: expected auto"),
+        ("storage: s3://", "storage: s3://key:word@", "expected a URL without credentials"),
+        ("namespace: draf", "namespace: Draf", "kubernetes.namespace"),
+        ("namespace: draf", "namespace: draf, auth_secret: a_b", "kubernetes.auth_secret"),
+        ("namespace: draf", "namespace: draf, gpu_resource: gpu", "kubernetes.gpu_resource"),
+        ("namespace: draf", "namespace: draf, node_selector: {zone: a b}", "kubernetes.node_selector.zone"),
+        ("namespace: draf", "namespace: draf, store_ports: []", "kubernetes.store_ports"),
+        ("namespace: draf", "namespace: draf, store_ports: [70000]", "kubernetes.store_ports.0"),
+        ("image_id: ami-00000000000000000", "image_id: latest", "aws.image_id"),
+        ("subnets: [subnet-00000000000000000]", "subnets: []", "aws.subnets"),
+        ("zone: europe-west4-a", "zone: europe-west4", "gcp.zone"),
+        ("service_account: draf-node@", "service_account: draf node@", "gcp.service_account"),
+    ],
+)
+def test_a_cluster_that_can_not_be_is_refused_by_key(tmp_path: Path, before: str, after: str, problem: str) -> None:
+    text = (CLUSTER / "profiles" / "four_gpu_nodes.yaml").read_text()
+    assert before in text
+    with pytest.raises(SpecError) as caught:
+        load_cluster(written(tmp_path, text.replace(before, after)))
+    assert problem in str(caught.value)
+    assert "key:word" not in str(caught.value)
+
+
+def test_nodes_that_are_there_from_the_start_need_no_waiting(tmp_path: Path) -> None:
+    text = (CLUSTER / "profiles" / "four_gpu_nodes.yaml").read_text()
+    fewer = text.replace("nodes_timeout_s: 1800", "nodes_timeout_s: 0").replace("workers: 32", "workers: 16")
+    assert load_cluster(written(tmp_path, fewer)).train.workers == 16
+
+
+def test_the_schema_of_a_cluster_says_what_its_parts_are() -> None:
+    shown = json.loads(CliRunner().invoke(app, ["schema", "cluster"]).stdout)
+    assert {"name", "image", "storage", "train", "head", "workers"} <= set(shown["required"])
+    assert {"kubernetes", "aws", "gcp"} <= set(shown["properties"])
