@@ -26,12 +26,14 @@ def show(run: RunArgument, json: JsonOption = False) -> None:
         print_json(asdict(summary))
         return
     complete = "release unreadable" if summary.epochs_complete is None else f"{summary.epochs_complete} whole"
+    planned = {None: "release unreadable", True: "as planned", False: "not as planned"}[summary.as_planned]
     rows = [
         ("state", summary.state),
         ("release", summary.release),
         ("attempts", summary.attempts),
         ("steps", summary.steps),
         ("source epochs", f"{len(summary.samples)}, {complete}"),
+        ("receipts", planned),
         ("checkpoints at", ", ".join(map(str, summary.checkpoints)) or "-"),
         *((f"seconds: {kind.replace('_', ' ')}", f"{seconds:.1f}") for kind, seconds in sorted(summary.seconds.items())),
     ]
@@ -80,8 +82,8 @@ def trace(
     if not uses:
         console.print(f"{uid} was not used in training: it is in another split, or its step has not come yet.")
         return
-    rows = [(use.epoch, use.step, use.entry, f"{use.rank} of {use.world}") for use in uses]
-    console.print(table(f"uses of {uid}", ("epoch", "step", "entry of batch", "rank"), rows))
+    rows = [(use.source or "release", use.epoch, use.step, use.entry, f"{use.rank} of {use.world}") for use in uses]
+    console.print(table(f"uses of {uid}", ("source", "epoch", "step", "entry of batch", "rank"), rows))
 
 
 def _parse_uid(text: str) -> int:

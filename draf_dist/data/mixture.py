@@ -61,6 +61,15 @@ class Mixture:
                 )
             )
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """ceil(N_0 D / (w_0 B)): after k times as many the first source was drawn whole at least k times."""
+        return -(-self.orders[0].num_samples * sum(self.weights) // (self.weights[0] * self.batch_size))
+
+    def num_drawn(self, steps: int) -> tuple[int, ...]:
+        """Draws of every source in the first `steps` steps."""
+        return tuple(self._counts(steps * self.batch_size))
+
     def draws(self, step: int) -> Draws:
         """The global batch of a step, ordered by source and then by draw; always full."""
         start, stop = self._counts(step * self.batch_size), self._counts((step + 1) * self.batch_size)

@@ -43,6 +43,17 @@ class Plan(Protocol):
         """The (step, entry in its global batch) at which a sample is drawn in an epoch of its source."""
 
 
+class TrainingOrder(Plan, Protocol):
+    """What a run follows: a plan that has epochs, and knows without walking how far every source is."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps between two validations."""
+
+    def num_drawn(self, steps: int) -> tuple[int, ...]:
+        """Draws of every source in the first `steps` steps: each at least as large as for any smaller number of steps."""
+
+
 @dataclass(frozen=True)
 class Order:
     """The order of one release's split.
@@ -93,6 +104,11 @@ class Order:
         epoch, batch = divmod(step, self.steps_per_epoch)
         sample = np.concatenate([part for group in range(self.num_groups) for part in self._group_samples(epoch, group, batch)])
         return Draws(source=np.zeros_like(sample), epoch=np.full_like(sample, epoch), sample=sample)
+
+    def num_drawn(self, steps: int) -> tuple[int, ...]:
+        """Draws in the first `steps` steps."""
+        epochs, batches = divmod(steps, self.steps_per_epoch)
+        return (epochs * self.num_samples + batches * self.batch_size,)
 
     def locate(self, source: int, epoch: int, sample: int) -> tuple[int, int]:
         """The (step, entry) at which a sample is drawn in an epoch; exact inverse of draws."""

@@ -109,7 +109,7 @@ def read_model(files: Mapping[str, bytes], *, where: str) -> ExportedModel:
         DataError: a file is missing, damaged, or not what the config says.
     """
     require_files(files, REQUIRED_FILES, where=where, what="an exported model")
-    description = _description(files[DESCRIPTION], where=f"{where}/{DESCRIPTION}")
+    description = read_description(files[DESCRIPTION], where=f"{where}/{DESCRIPTION}")
     for name, wanted in ((WEIGHTS, description.weights_sha256), (STATS, description.stats_sha256)):
         check_digest(files[name], wanted, where=f"{where}/{name}")
     model = build_model(description.config, description.data_schema, seed=0)
@@ -121,7 +121,12 @@ def read_model(files: Mapping[str, bytes], *, where: str) -> ExportedModel:
     return ExportedModel(model, description.config, description.data_schema, stats)
 
 
-def _description(content: bytes, *, where: str) -> ModelDescription:
+def read_description(content: bytes, *, where: str) -> ModelDescription:
+    """The content of model.json.
+
+    Raises:
+        DataError: it is no description of a model, or was edited.
+    """
     try:
         description = ModelDescription.model_validate_json(content)
     except ValidationError as error:

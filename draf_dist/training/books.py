@@ -11,7 +11,7 @@ from draf_dist.schema.release import Receipt
 from draf_dist.training.backend import Backend
 from draf_dist.training.journal import Journal
 from draf_dist.training.ledger import FILE as LEDGER
-from draf_dist.training.ledger import Kind, Ledger, Outcome
+from draf_dist.training.ledger import Kind, Ledger, Outcome, SourceEpoch
 from draf_dist.training.loop import StepReport
 from draf_dist.training.progress import ProgressLine
 from draf_dist.training.run_folder import Fence, RunFolder
@@ -44,7 +44,7 @@ class Books(Protocol):
         """Raises GateError if a later attempt has taken the run over."""
         ...
 
-    def commit(self, step: int, receipts: dict[int, Receipt]) -> None:
+    def commit(self, step: int, receipts: dict[SourceEpoch, Receipt]) -> None:
         """Makes everything entered so far durable, and what was consumed since the last commit."""
         ...
 
@@ -70,7 +70,7 @@ class NoBooks:
     def check(self) -> None:
         """Nothing."""
 
-    def commit(self, step: int, receipts: dict[int, Receipt]) -> None:
+    def commit(self, step: int, receipts: dict[SourceEpoch, Receipt]) -> None:
         """Nothing."""
 
     def close(self, outcome: Outcome, stopping: EarlyStopping) -> None:
@@ -112,7 +112,7 @@ class OpenBooks:
         """Asks the fence."""
         self._fence.check()
 
-    def commit(self, step: int, receipts: dict[int, Receipt]) -> None:
+    def commit(self, step: int, receipts: dict[SourceEpoch, Receipt]) -> None:
         """Metrics first, the ledger last."""
         self._fence.check()
         self._tracker.flush()
@@ -138,6 +138,6 @@ def open_books(
         ledger = Ledger(journal, number, start, backend.world, backend.threads, began)
         ledger.open()
         tracker = stack.enter_context(Tracker(folder.store, start))
-        epoch_steps = stage.order.steps_per_epoch
+        epoch_steps = stage.plan.order.steps_per_epoch
         progress = ProgressLine(console, num_steps=num_steps(stage), steps_per_epoch=epoch_steps, start=start)
         yield OpenBooks(fence, ledger, tracker, stack.enter_context(progress), began)

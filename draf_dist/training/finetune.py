@@ -12,7 +12,6 @@ from draf_dist import noise
 from draf_dist.data.corruption import Corruptor
 from draf_dist.data.loader import Loader, evaluation_batches
 from draf_dist.data.normalise import Normaliser
-from draf_dist.data.order import Order
 from draf_dist.data.release import Release
 from draf_dist.errors import DataError, SpecError, explain
 from draf_dist.models.build import build_model
@@ -21,25 +20,32 @@ from draf_dist.models.export import model_files
 from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.objectives.fusion import FusionObjective
 from draf_dist.schema.batch import Batch
+from draf_dist.schema.release import ReleaseStats
 from draf_dist.training.backend import Backend
 from draf_dist.training.job import FinetuneJob
 from draf_dist.training.loop import StepRules
+from draf_dist.training.plan import TrainingPlan, build_plan
 from draf_dist.training.pretrained import start_from
 from draf_dist.training.schedule import WarmupCosine
-from draf_dist.training.stage import build_order, num_steps
+from draf_dist.training.stage import num_steps
 from draf_dist.training.torch_engine import load_weights
 from draf_dist.training.validate import evaluation_keys, validate
+from draf_dist.training.warm_start import load_start
 
 
 @dataclass(frozen=True)
 class Finetuning:
-    """The pure parts of a fine-tuning run; what changes is in TrainState and the engine. job names a pinned release."""
+    """The pure parts of a fine-tuning run; what changes is in TrainState and the engine. job names a pinned release.
+
+    stats: what the model's input is normalised with: the release's own, or those of the run that it goes on from.
+    """
 
     job: FinetuneJob
     release: Release
     device: torch.device
     model: nn.Module
-    order: Order
+    plan: TrainingPlan
+    stats: ReleaseStats
     normaliser: Normaliser
     corruptor: Corruptor
 
@@ -50,8 +56,7 @@ class Finetuning:
 
     def loader(self, backend: Backend) -> Loader:
         """The training batches of this rank."""
-        hook = self.corruptor.decode_hook()
-        return Loader(self.release, "train", self.order, rank=backend.rank, world=backend.world, decode=hook)
+        return self.plan.loader(backend, decode=self.corruptor.decode_hook())
 
     def rules(self, backend: Backend) -> StepRules:
         """How a training step treats a batch.
@@ -81,7 +86,7 @@ class Finetuning:
         """The exchange form of the model."""
         model = new_model(self.job, self.release)
         load_weights(model, weights)
-        return model_files(model, self.job.model, self.release.schema, self.release.stats)
+        return model_files(model, self.job.model, self.release.schema, self.stats)
 
     def prepared(self, batch: Batch) -> Batch:
         """A batch as loaded, on the device and normalised."""
@@ -106,27 +111,41 @@ class Finetuning:
 
 
 def build_finetuning(job: FinetuneJob, release: Release, device: torch.device) -> Finetuning:
-    """Everything a run needs, with the parameters that the seed and the pre-trained encoders give.
+    """Everything a run needs, with the parameters that the seed and the pre-trained encoders give, or an earlier run.
 
     Raises:
-        SpecError: label_fraction leaves no label; a pre-trained encoder that is not there or does not fit.
+        SpecError: label_fraction leaves no label; an encoder or an earlier run that is not there or does not fit; see build_plan.
     """
     counts = class_counts(job, release)
     if not counts.any():
         found = f"none of {release.manifest.receipts['train'].count}"
         raise SpecError(explain("label_fraction", expected="at least one label", found=found, remedy="Set a larger share."))
-    normaliser = Normaliser(release.schema, release.stats)
-    model = new_model(job, release)
-    start_from(model, job.pretrained, release.schema, job.model.encoders, job.model.width)
+    model, stats = _start(job, release)
+    normaliser = Normaliser(release.schema, stats)
     return Finetuning(
         job=job,
         release=release,
         device=device,
         model=model,
-        order=build_order(job, release),
+        plan=build_plan(job, release),
+        stats=stats,
         normaliser=normaliser,
         corruptor=Corruptor(job.corruption, normaliser, seed=job.seed),
     )
+
+
+def _start(job: FinetuneJob, release: Release) -> tuple[nn.Module, ReleaseStats]:
+    """The model with the parameters that the job gives, and the statistics that its input is normalised with."""
+    model = new_model(job, release)
+    if job.warm_start is None:
+        start_from(model, job.pretrained, release.schema, job.model.encoders, job.model.width)
+        return model, release.stats
+    start = load_start(job.warm_start, job.model, release.schema)
+    # All of its state, the shares of the classes that set_prevalence stored included: the other weights were trained with them.
+    model.load_state_dict(start.model.state_dict())
+    # What its weights take for 0 and 1 is what these statistics say. New ones would move the input of every study under weights
+    # that were not trained for that: a shift that nobody meant, and in the champion's own sites first.
+    return model, start.stats
 
 
 def new_model(job: FinetuneJob, release: Release) -> nn.Module:

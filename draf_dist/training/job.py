@@ -4,7 +4,7 @@ import re
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from draf_dist.config.spec import Spec, fingerprint
 from draf_dist.data.corruption import TrainingCorruption
@@ -13,6 +13,7 @@ from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.objectives.fusion import FusionObjectiveConfig
 
+VERSION = r"^[0-9a-f]{16}$"
 PINNED = re.compile(r"@(?:[0-9a-f]{16}|[0-9a-f]{64})$")
 
 
@@ -30,6 +31,18 @@ class CheckpointConfig(Spec):
 
     every_steps: int = Field(200, ge=1)
     keep: int = Field(2, ge=1)
+
+
+class Replay(Spec):
+    """A mixture of what is new in a release and what is old, in the order of the samples (docs/order.md, 5).
+
+    since: a version of the same data set: training shards that it lacks are new, those that it has are old. new, old: of
+    new + old samples so many are of each. An epoch of the run is one pass over the new.
+    """
+
+    since: str = Field(pattern=VERSION)
+    new: int = Field(1, ge=1)
+    old: int = Field(1, ge=1)
 
 
 class TrainJob(Spec):
@@ -56,6 +69,11 @@ class TrainJob(Spec):
         return without_secret("release", release)
 
     @property
+    def reads(self) -> dict[str, str]:
+        """Key -> URL of everything that it reads."""
+        return {"release": self.release}
+
+    @property
     def score(self) -> str:
         """The number of a validation that is to fall."""
         return "loss"
@@ -75,6 +93,7 @@ class FinetuneJob(TrainJob):
     """A fusion model on labelled studies.
 
     pretrained: modality -> URL of a finished pre-training run, whose encoder it starts from; a run pins the encoder's sha256.
+    warm_start: URL of a finished fine-tuning run, from whose weights and normalisation it goes on; pinned likewise.
     label_fraction: share of the training studies whose label is used; a larger share holds all of a smaller one. passes_train,
     passes_eval: Monte-Carlo passes per step and per validation.
     """
@@ -83,6 +102,9 @@ class FinetuneJob(TrainJob):
     model: FusionConfig = DrafConfig()
     objective: FusionObjectiveConfig = FusionObjectiveConfig()
     pretrained: dict[str, str] = {}
+    # Left out of the stored form where they are not set: jobs from before there was such a thing keep their names.
+    warm_start: str | None = Field(None, exclude_if=lambda url: url is None)
+    replay: Replay | None = Field(None, exclude_if=lambda replay: replay is None)
     label_fraction: float = Field(1.0, gt=0, le=1)
     corruption: TrainingCorruption = TrainingCorruption()
     passes_train: int = Field(4, ge=1)
@@ -92,6 +114,23 @@ class FinetuneJob(TrainJob):
     @classmethod
     def _encoders_without_secret(cls, pretrained: dict[str, str]) -> dict[str, str]:
         return {modality: without_secret(f"pretrained.{modality}", url) for modality, url in pretrained.items()}
+
+    @field_validator("warm_start")
+    @classmethod
+    def _start_without_secret(cls, warm_start: str | None) -> str | None:
+        return None if warm_start is None else without_secret("warm_start", warm_start)
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "FinetuneJob":
+        if self.warm_start is not None and self.pretrained:
+            raise ValueError("warm_start and pretrained exclude each other: a run that goes on from another has its encoders")
+        return self
+
+    @property
+    def reads(self) -> dict[str, str]:
+        """Key -> URL of everything that it reads."""
+        start = {} if self.warm_start is None else {"warm_start": self.warm_start}
+        return {**super().reads, **{f"pretrained.{modality}": url for modality, url in self.pretrained.items()}, **start}
 
     @property
     def score(self) -> str:

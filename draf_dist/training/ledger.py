@@ -3,6 +3,7 @@
 Lines, by `event`:
   attempt   attempt, start (steps done when it began), world, threads, time (seconds since 1970)
   commit    attempt, start, stop (steps [start, stop)), world, receipts {source epoch: {count, uid_sum}}, seconds {kind: s}, time
+            (a source epoch is "3", or "new:3" and "old:3" of a run with replay: every source counts its own)
   end       attempt, outcome (finished | interrupted), steps, best_loss (of validation), best_step, seconds, time
 A commit is written just before its checkpoint, so a kill between the two leaves a commit that no checkpoint backs. The attempt
 that follows says where it really began, and whatever was consumed past that point is consumed again: such commits do not count.
@@ -21,6 +22,10 @@ FILE = "ledger.jsonl"
 Kind = Literal["startup", "data_wait", "step", "validate", "checkpoint", "idle"]
 Outcome = Literal["finished", "interrupted"]
 NOTHING = Receipt(count=0, uid_sum="0" * 16)
+# The name of a source, and its epoch.
+SourceEpoch = tuple[str, int]
+# The name of the source of a run that has one only.
+ONLY = ""
 
 
 def effective_commits(lines: Iterable[Line]) -> list[Line]:
@@ -34,14 +39,25 @@ def effective_commits(lines: Iterable[Line]) -> list[Line]:
     return commits
 
 
-def receipts_by_epoch(lines: Iterable[Line]) -> dict[int, Receipt]:
-    """What the run consumed of every source epoch, over all attempts; a complete epoch equals the release's receipt."""
-    totals: dict[int, Receipt] = {}
+def receipts_by_source(lines: Iterable[Line]) -> dict[SourceEpoch, Receipt]:
+    """What the run consumed of every epoch of every source, over all attempts; a complete epoch equals the source's receipt."""
+    totals: dict[SourceEpoch, Receipt] = {}
     for commit in effective_commits(lines):
-        for epoch, stored in commit["receipts"].items():
+        for key, stored in commit["receipts"].items():
+            name, _, epoch = key.rpartition(":")
             part = Receipt.model_validate(stored)
-            totals[int(epoch)] = add_receipts(totals.get(int(epoch), NOTHING), part)
+            totals[name, int(epoch)] = add_receipts(totals.get((name, int(epoch)), NOTHING), part)
     return totals
+
+
+def receipts_by_epoch(lines: Iterable[Line], source: str = ONLY) -> dict[int, Receipt]:
+    """The same of one source, by its epoch."""
+    return {epoch: total for (name, epoch), total in receipts_by_source(lines).items() if name == source}
+
+
+def source_epoch_name(source: str, epoch: int) -> str:
+    """How a source epoch is written."""
+    return str(epoch) if source == ONLY else f"{source}:{epoch}"
 
 
 def seconds_by_kind(lines: Iterable[Line]) -> dict[str, float]:
@@ -76,9 +92,9 @@ class Ledger:
         """Books wall time."""
         self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
 
-    def commit(self, stop: int, consumed: dict[int, Receipt]) -> None:
+    def commit(self, stop: int, consumed: dict[SourceEpoch, Receipt]) -> None:
         """Writes what was consumed since the last commit, [position, stop): a receipt by source epoch, over all ranks."""
-        receipts = {str(epoch): part.model_dump() for epoch, part in sorted(consumed.items())}
+        receipts = {source_epoch_name(*of): part.model_dump() for of, part in sorted(consumed.items())}
         self._write("commit", start=self._position, stop=stop, world=self.world, receipts=receipts, seconds=self._settle())
         self._position = stop
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from draf_dist import noise
 from draf_dist.data.loader import Loader, evaluation_batches
 from draf_dist.data.normalise import Normaliser
-from draf_dist.data.order import Order
 from draf_dist.data.release import Release
 from draf_dist.errors import DataError, DrafError, explain
 from draf_dist.losses.gather import AllGather, Gather, one_process
@@ -23,9 +22,10 @@ from draf_dist.schema.batch import Batch, Term
 from draf_dist.schema.modality import ModalitySpec
 from draf_dist.training.backend import Backend
 from draf_dist.training.loop import StepRules
+from draf_dist.training.plan import TrainingPlan, build_plan
 from draf_dist.training.pretrain_job import PretrainJob
 from draf_dist.training.schedule import WarmupCosine
-from draf_dist.training.stage import build_order, num_steps
+from draf_dist.training.stage import num_steps
 from draf_dist.training.torch_engine import load_weights
 from draf_dist.training.validate import EVALUATION_SEED, evaluation_keys
 
@@ -38,7 +38,7 @@ class Pretraining:
     release: Release
     device: torch.device
     model: nn.Module
-    order: Order
+    plan: TrainingPlan
     normaliser: Normaliser
     gather: Gather
 
@@ -54,7 +54,7 @@ class Pretraining:
 
     def loader(self, backend: Backend) -> Loader:
         """The training batches of this rank."""
-        return Loader(self.release, "train", self.order, rank=backend.rank, world=backend.world)
+        return self.plan.loader(backend)
 
     def rules(self, backend: Backend) -> StepRules:
         """How a training step treats a batch. Views and masks are made inside the objective, on the device."""
@@ -123,7 +123,7 @@ def build_pretraining(job: PretrainJob, release: Release, backend: Backend) -> P
         release=release,
         device=backend.device,
         model=new_network(job, release),
-        order=build_order(job, release),
+        plan=build_plan(job, release),
         normaliser=Normaliser(release.schema, release.stats),
         gather=AllGather() if backend.world > 1 else one_process,
     )

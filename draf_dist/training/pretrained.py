@@ -1,18 +1,14 @@
 """Fine-tuning that starts from pre-trained encoders: which ones, pinned before a run begins, and loaded at every attempt."""
 
-import re
-
 from torch import nn
 
-from draf_dist.errors import DataError, SpecError, explain
+from draf_dist.errors import SpecError, explain
 from draf_dist.models.backbones import Backbones, module_name
 from draf_dist.models.encoder_export import ENCODER_DESCRIPTION, ENCODER_FILES, ExportedEncoder, read_description, read_encoder
 from draf_dist.models.encoders import EncoderChoice
 from draf_dist.schema.modality import DataSchema
-from draf_dist.training.pretrain_job import PretrainJob
-from draf_dist.training.run_folder import MODEL, RunFolder, open_run
-
-_PINNED = re.compile(r"(?P<url>.+)@(?P<sha256>[0-9a-f]{64})")
+from draf_dist.training.earlier_run import check_pin, finished_run, split_pin
+from draf_dist.training.run_folder import MODEL, RunFolder
 
 
 def pin_encoder(url: str) -> str:
@@ -22,13 +18,11 @@ def pin_encoder(url: str) -> str:
         SpecError: there is no run, it is of another kind, it is not finished, or it has another encoder than the pinned one.
         DataError: its description can't be read.
     """
-    place, wanted = _split(url)
+    place, wanted = split_pin(url)
     run = _finished(place)
     where = run.store.where(f"{MODEL}/{ENCODER_DESCRIPTION}")
     found = read_description(run.store.read(f"{MODEL}/{ENCODER_DESCRIPTION}"), where=where).weights_sha256
-    if wanted not in (None, found):
-        remedy = "That run was trained again: start this one with --fresh, or bring the encoder back."
-        raise SpecError(explain(place, expected=f"the encoder {str(wanted)[:12]}", found=found[:12], remedy=remedy))
+    check_pin(place, wanted, found, what="encoder")
     return f"{run.url}@{found}"
 
 
@@ -39,7 +33,7 @@ def load_encoder(pinned_url: str) -> ExportedEncoder:
         SpecError: as pin_encoder.
         DataError: a file of it is missing or damaged.
     """
-    place, _ = _split(pin_encoder(pinned_url))
+    place, _ = split_pin(pin_encoder(pinned_url))
     store = _finished(place).store
     files = {name: store.read(f"{MODEL}/{name}") for name in ENCODER_FILES if store.exists(f"{MODEL}/{name}")}
     return read_encoder(files, where=store.where(MODEL))
@@ -65,20 +59,4 @@ def start_from(model: nn.Module, pretrained: dict[str, str], schema: DataSchema,
 
 
 def _finished(url: str) -> RunFolder:
-    """The finished pre-training run at a URL."""
-    run = open_run(url)
-    if not isinstance(run.job, PretrainJob):
-        remedy = "Name the folder of a run of kind pretrain."
-        raise SpecError(explain(url, expected="a pre-training run", found=f"a run of kind {run.job.kind}", remedy=remedy))
-    if run.end() is None:
-        remedy = f"Finish it first: draf train {run.url}/job.yaml --out {run.url}"
-        raise SpecError(explain(url, expected="a finished run", found="one that is not", remedy=remedy))
-    if not run.store.exists(f"{MODEL}/{ENCODER_DESCRIPTION}"):
-        found = f"no {MODEL}/{ENCODER_DESCRIPTION}"
-        raise DataError(explain(url, expected="a pre-trained encoder", found=found, remedy="Copy the whole run again."))
-    return run
-
-
-def _split(url: str) -> tuple[str, str | None]:
-    pinned = _PINNED.fullmatch(url)
-    return (pinned["url"], pinned["sha256"]) if pinned else (url, None)
+    return finished_run(url, kind="pretrain", what="pre-training", description=ENCODER_DESCRIPTION)

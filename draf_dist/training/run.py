@@ -146,7 +146,8 @@ def attempt_by_epochs(url: str, backend: Backend, console: Console, stop: StopRe
         state = _restore(folder, files, backend, console)
         books = stack.enter_context(open_books(folder, stage, backend, state.step, fence, console, began))
         books.spent("startup")
-        work = Attempt(folder, stage, backend, engine, files, state, books, stop, Consumption())
+        consumed = Consumption(stage.plan, backend.rank, backend.world)
+        work = Attempt(folder, stage, backend, engine, files, state, books, stop, consumed)
         yield from _train(work)
         return _finish(work)
 
@@ -232,7 +233,7 @@ def _train(work: Attempt) -> Iterator[EpochReport]:
             work.books.step(_of_all_ranks(report, work))
             losses.append(report.loss)
             stopped = _asked_to_stop(work)
-            epoch, within = divmod(state.step, stage.order.steps_per_epoch)
+            epoch, within = divmod(state.step, stage.plan.order.steps_per_epoch)
             validated = _validate(work, epoch, losses) if within == 0 else None
             if within == 0 or state.step % stage.job.checkpoint.every_steps == 0 or stopped:
                 _commit(work)
@@ -246,10 +247,8 @@ def _train(work: Attempt) -> Iterator[EpochReport]:
 
 
 def _of_all_ranks(report: StepReport, work: Attempt) -> StepReport:
-    """The report with the samples of the global batch: all but an epoch's last batch are full."""
-    order = work.stage.order
-    before = (report.step - 1) % order.steps_per_epoch * order.batch_size
-    return replace(report, samples=min(order.batch_size, order.num_samples - before))
+    """The report with the samples of the global batch."""
+    return replace(report, samples=work.stage.plan.num_entries(report.step - 1))
 
 
 def _asked_to_stop(work: Attempt) -> bool:
@@ -278,7 +277,7 @@ def _commit(work: Attempt) -> None:
     work.books.commit(state.step, work.consumed.settle(work.backend))
     if work.backend.rank == 0:
         stored = RunState(
-            order=OrderState.at(work.stage.order, state.step),
+            order=OrderState.at(work.stage.job, work.stage.release.version, state.step),
             stopping=state.stopping,
             job_sha256=work.stage.job.sha256,
             attempt=work.books.attempt,

@@ -19,8 +19,8 @@ from draf_dist.training.tracking import METRICS, TENSORBOARD
 JOB = "job.yaml"
 MODEL = "model"
 FENCE = "attempt"
-# Everything that a run and its evaluations write; --fresh removes this and nothing else.
-EVALUATED = ("predictions", "evaluation.json", "report.html", "evaluations")
+# Everything that a run, its evaluations and the gate write; --fresh removes this and nothing else.
+EVALUATED = ("predictions", "evaluation.json", "report.html", "evaluations", "verdict.json", "gate.html")
 CONTENT = (CHECKPOINTS, MODEL, TENSORBOARD, JOB, METRICS, LEDGER, FENCE, *EVALUATED)
 Start = Literal["continue", "fresh", "resume"]
 
@@ -168,6 +168,6 @@ def _write_job(store: Store, job: AnyJob) -> None:
 
 def _another_job(store: Store, there: AnyJob, here: AnyJob) -> SpecError:
     before, after = there.model_dump(mode="json"), here.model_dump(mode="json")
-    differing = ", ".join(key for key in after if before.get(key) != after[key])
+    differing = ", ".join(key for key in {**before, **after} if before.get(key) != after.get(key))
     remedy = "Choose another --out, or --fresh to replace it."
     return SpecError(explain(store.url, expected="a run of this job", found=f"one with another {differing}", remedy=remedy))

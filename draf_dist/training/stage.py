@@ -6,11 +6,11 @@ from typing import Protocol
 from torch import nn
 
 from draf_dist.data.loader import Loader
-from draf_dist.data.order import Order
 from draf_dist.data.release import Release
 from draf_dist.training.backend import Backend
 from draf_dist.training.job import TrainJob
 from draf_dist.training.loop import Objective, StepRules
+from draf_dist.training.plan import TrainingPlan
 
 
 class Stage(Protocol):
@@ -27,7 +27,7 @@ class Stage(Protocol):
         ...
 
     @property
-    def order(self) -> Order:
+    def plan(self) -> TrainingPlan:
         """The global sample order of the training split."""
         ...
 
@@ -61,18 +61,6 @@ class Stage(Protocol):
         ...
 
 
-def build_order(job: TrainJob, release: Release) -> Order:
-    """The global sample order of the training split."""
-    return Order(
-        shard_sizes=tuple(shard.num_samples for shard in release.shards("train")),
-        release=release.version,
-        seed=job.seed,
-        batch_size=job.batch_size,
-        groups=job.groups,
-        open_samples=job.open_samples,
-    )
-
-
 def num_steps(stage: Stage) -> int:
     """Optimizer steps of a run that is not stopped early."""
-    return stage.job.epochs * stage.order.steps_per_epoch
+    return stage.job.epochs * stage.plan.order.steps_per_epoch

@@ -5,13 +5,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from draf_dist.data.order import Order
 from draf_dist.schema.modality import Record
+from draf_dist.training.job import FinetuneJob, Replay, TrainJob
 from draf_dist.training.schedule import EarlyStopping
 
 
 class OrderState(Record):
-    """The position in the global sample order, as the optimizer has consumed it: exact for any number of ranks."""
+    """The position in the global sample order, as the optimizer has consumed it: exact for any number of ranks.
+
+    replay: how two parts of the release are mixed; not there in a run without.
+    """
 
     release: str
     seed: int
@@ -19,17 +22,19 @@ class OrderState(Record):
     open_samples: int
     batch_size: int
     step: int = Field(ge=0)
+    replay: Replay | None = Field(None, exclude_if=lambda replay: replay is None)
 
     @classmethod
-    def at(cls, order: Order, step: int) -> "OrderState":
-        """The order with `step` steps consumed."""
+    def at(cls, job: TrainJob, release: str, step: int) -> "OrderState":
+        """The order of a job on a version of its release, with `step` steps consumed."""
         return cls(
-            release=order.release,
-            seed=order.seed,
-            groups=order.groups,
-            open_samples=order.open_samples,
-            batch_size=order.batch_size,
+            release=release,
+            seed=job.seed,
+            groups=job.groups,
+            open_samples=job.open_samples,
+            batch_size=job.batch_size,
             step=step,
+            replay=job.replay if isinstance(job, FinetuneJob) else None,
         )
 
 

@@ -5,9 +5,11 @@ from typing import Literal
 
 from draf_dist.data.release import open_release
 from draf_dist.errors import DrafError
+from draf_dist.schema.release import Receipt
 from draf_dist.training.journal import Line
-from draf_dist.training.ledger import effective_commits, receipts_by_epoch, seconds_by_kind
-from draf_dist.training.run_folder import open_run
+from draf_dist.training.ledger import SourceEpoch, effective_commits, receipts_by_source, seconds_by_kind, source_epoch_name
+from draf_dist.training.plan import build_plan
+from draf_dist.training.run_folder import RunFolder, open_run
 
 
 @dataclass(frozen=True)
@@ -15,9 +17,10 @@ class RunSummary:
     """One run.
 
     state: open means that no attempt has said that it ended: it still runs, or was killed. score: the number of validation that is
-    to fall; best_loss, best_step: its lowest, and when. samples: studies consumed, by source epoch. epochs_complete: epochs whose
-    receipt equals the release's; None where the release can't be read. seconds: wall time by kind, over all attempts. epochs: the
-    validation lines of metrics.jsonl.
+    to fall; best_loss, best_step: its lowest, and when. samples: studies consumed, by source epoch. epochs_complete: source epochs
+    consumed whole, each study once: their receipt equals the source's. as_planned: whether all receipts, those of begun epochs too,
+    are those that the order gives for these steps. Both None where the release can't be read. seconds: wall time by kind, over all
+    attempts. epochs: the validation lines of metrics.jsonl.
     """
 
     url: str
@@ -29,15 +32,16 @@ class RunSummary:
     score: str
     best_loss: float | None
     best_step: int | None
-    samples: dict[int, int]
+    samples: dict[str, int]
     epochs_complete: int | None
+    as_planned: bool | None
     seconds: dict[str, float]
     checkpoints: tuple[int, ...]
     epochs: tuple[Line, ...]
 
 
 def summarise(run_url: str) -> RunSummary:
-    """Reads a run folder; needs the release for `epochs_complete` only.
+    """Reads a run folder; needs the release for `epochs_complete` and `as_planned` only.
 
     Raises:
         SpecError: no such run.
@@ -48,33 +52,34 @@ def summarise(run_url: str) -> RunSummary:
     epochs = tuple(line for line in folder.metrics() if line["event"] == "epoch")
     best = min(epochs, key=lambda line: (line[folder.job.score], line["step"]), default=None)
     last = lines[-1] if lines else None
-    receipts = receipts_by_epoch(lines)
+    receipts = receipts_by_source(lines)
+    steps = commits[-1]["stop"] if commits else 0
+    complete, as_planned = _compare(folder, receipts, steps)
     return RunSummary(
         url=folder.url,
         name=folder.job.name,
         release=folder.job.release,
         state=last["outcome"] if last is not None and last["event"] == "end" else "open",
         attempts=sum(line["event"] == "attempt" for line in lines),
-        steps=commits[-1]["stop"] if commits else 0,
+        steps=steps,
         score=folder.job.score,
         best_loss=None if best is None else best[folder.job.score],
         best_step=None if best is None else best["step"],
-        samples={epoch: receipt.count for epoch, receipt in sorted(receipts.items())},
-        epochs_complete=complete_epochs(run_url),
+        samples={source_epoch_name(*of): receipt.count for of, receipt in sorted(receipts.items())},
+        epochs_complete=complete,
+        as_planned=as_planned,
         seconds=seconds_by_kind(lines),
         checkpoints=tuple(folder.checkpoints.steps()),
         epochs=epochs,
     )
 
 
-def complete_epochs(run_url: str) -> int | None:
-    """How many source epochs were consumed whole, each study once: their receipt equals the release's.
-
-    None where the release can't be read.
-    """
-    folder = open_run(run_url)
+def _compare(folder: RunFolder, receipts: dict[SourceEpoch, Receipt], steps: int) -> tuple[int | None, bool | None]:
+    """How many source epochs were consumed whole, and whether all was consumed as planned."""
     try:
-        expected = open_release(folder.job.release).manifest.receipts["train"]
+        plan = build_plan(folder.job, open_release(folder.job.release))
+        whole = {source.name: source.receipt() for source in plan.sources}
+        planned = plan.receipts(steps)
     except DrafError:
-        return None
-    return sum(receipt == expected for receipt in receipts_by_epoch(folder.ledger()).values())
+        return None, None
+    return sum(receipt == whole[source] for (source, _), receipt in receipts.items()), receipts == planned

@@ -5,18 +5,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from draf_dist.data.order import rank_entries
-from draf_dist.data.release import Release, open_release
+from draf_dist.data.release import open_release
 from draf_dist.errors import SpecError, explain
 from draf_dist.schema.identity import uid_name
 from draf_dist.training.ledger import effective_commits
+from draf_dist.training.plan import TrainingPlan, build_plan
 from draf_dist.training.run_folder import open_run
-from draf_dist.training.stage import build_order
 
 
 @dataclass(frozen=True)
 class Use:
-    """One draw of a study: in optimizer step `step` (from 0), as entry `entry` of the global batch, on rank `rank` of `world`."""
+    """One draw of a study: in optimizer step `step` (from 0), as entry `entry` of the global batch, on rank `rank` of `world`.
 
+    source: new or old in a run with replay, empty in one without; epoch: of the source.
+    """
+
+    source: str
     epoch: int
     step: int
     entry: int
@@ -32,19 +36,24 @@ def trace(run_url: str, uid: int) -> list[Use]:
     """
     folder = open_run(run_url)
     release = open_release(folder.job.release)
-    sample = _training_sample(release, uid)
+    plan = build_plan(folder.job, release)
+    found = _training_sample(plan, uid)
+    if found is None and uid not in release.subjects()["uid"].to_pylist():
+        where, remedy = f"uid {uid_name(uid)}", "Take a uid from subjects.parquet or from a file of predictions."
+        raise SpecError(explain(where, expected=f"a study of {release.pinned_url}", found="none", remedy=remedy))
     commits = effective_commits(folder.ledger())
-    if sample is None or not commits:
+    if found is None or not commits:
         return []
-    order = build_order(folder.job, release)
+    source, sample = found
     num_steps = commits[-1]["stop"]
+    num_begun = -(-plan.order.num_drawn(num_steps)[source] // plan.sources[source].num_samples)
     uses: list[Use] = []
-    for epoch in range(-(-num_steps // order.steps_per_epoch)):
-        step, entry = order.locate(0, epoch, sample)
+    for epoch in range(num_begun):
+        step, entry = plan.order.locate(source, epoch, sample)
         if step < num_steps:
             world = next(commit["world"] for commit in commits if commit["start"] <= step < commit["stop"])
-            batch_rows = len(order.draws(step).sample)
-            uses.append(Use(epoch, step, entry, _rank_of(entry, batch_rows, order.batch_size, world), world))
+            rank = _rank_of(entry, plan.num_entries(step), plan.order.batch_size, world)
+            uses.append(Use(plan.sources[source].name, epoch, step, entry, rank, world))
     return uses
 
 
@@ -53,15 +62,13 @@ def _rank_of(entry: int, num_entries: int, batch_size: int, world: int) -> int:
     return next(rank for rank, cut in enumerate(cuts) if cut.start <= entry < cut.stop)
 
 
-def _training_sample(release: Release, uid: int) -> int | None:
-    """The number of a study in the training split, shards laid end to end; None if it is in another split."""
-    first = 0
-    for shard in release.shards("train"):
-        found = np.flatnonzero(release.index(shard).uids == uid)
-        if len(found):
-            return first + int(found[0])
-        first += shard.num_samples
-    if uid not in release.subjects()["uid"].to_pylist():
-        where, remedy = f"uid {uid_name(uid)}", "Take a uid from subjects.parquet or from a file of predictions."
-        raise SpecError(explain(where, expected=f"a study of {release.pinned_url}", found="none", remedy=remedy))
+def _training_sample(plan: TrainingPlan, uid: int) -> tuple[int, int] | None:
+    """The (source, number in it) of a study in the training split, shards laid end to end; None if it is in another split."""
+    for number, source in enumerate(plan.sources):
+        first = 0
+        for shard in source.release.shards("train"):
+            found = np.flatnonzero(source.release.index(shard).uids == uid)
+            if len(found):
+                return number, first + int(found[0])
+            first += shard.num_samples
     return None

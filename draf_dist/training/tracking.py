@@ -1,10 +1,13 @@
 """The numbers of a run while it goes on: metrics.jsonl and TensorBoard."""
 
 import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from draf_dist.storage import Store
 from draf_dist.training.journal import Journal, room
@@ -71,3 +74,32 @@ class Tracker:
         with room(self._folder):
             for name, value in numbers.items():
                 self._writer.add_scalar(f"{group}/{name}", value, step)
+
+
+@dataclass(frozen=True)
+class Hparams:
+    """One trial as TensorBoard's HParams page shows it: its settings and the numbers it reached."""
+
+    name: str
+    settings: Mapping[str, bool | int | float | str]
+    numbers: Mapping[str, float]
+
+
+def write_hparams(store: Store, folder: str, trials: Iterable[Hparams]) -> None:
+    """One summary a trial, in a folder of its own name each; what lay in the folder before is gone."""
+    for path in store.list(folder):
+        store.delete(path)
+    for trial in trials:
+        with tempfile.TemporaryDirectory(prefix="draf-tensorboard-") as place:
+            _write_trial(place, trial)
+            for file in sorted(Path(place).iterdir()):
+                store.upload(f"{folder}/{trial.name}/{file.name}", file)
+
+
+def _write_trial(place: str, trial: Hparams) -> None:
+    with SummaryWriter(place) as writer:
+        # SummaryWriter.add_hparams would put them into a folder named by the time of day.
+        for summary in hparams(dict(trial.settings), dict(trial.numbers)):  # type: ignore[no-untyped-call]
+            writer.file_writer.add_summary(summary)
+        for name, value in trial.numbers.items():
+            writer.add_scalar(name, value)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from draf_dist import noise
 from draf_dist.errors import DrafError, explain
 from draf_dist.metrics.classification import accuracy, auroc
+from draf_dist.metrics.temperature import fit_temperature
 from draf_dist.schema.batch import Batch
 
 # Evaluation noise has a seed of its own, so that runs with different seeds are measured with the same masks.
@@ -36,6 +37,8 @@ def validate(
 ) -> dict[str, float]:
     """NLL in nats, accuracy, and AUROC where it is defined, over the studies whose label is known.
 
+    temperature: the one that these predictions ask for; nll_scaled: the NLL with it.
+
     batches: of this rank. gather: rows of all ranks; all ranks get the same numbers, bit for bit.
 
     Raises:
@@ -53,7 +56,10 @@ def validate(
     if not math.isfinite(nll):
         raise DrafError(explain("validation", expected="a finite NLL", found=str(nll), remedy="Lower optimizer.learning_rate."))
     probability = np.exp(log_probability)
-    numbers = {"nll": nll, "auroc": auroc(probability, label), "accuracy": accuracy(probability, label)}
+    fitted = fit_temperature(probability, label)
+    assert fitted.nll_scaled is not None
+    numbers = {"nll": nll, "temperature": fitted.value, "nll_scaled": fitted.nll_scaled}
+    numbers |= {"auroc": auroc(probability, label), "accuracy": accuracy(probability, label)}
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 

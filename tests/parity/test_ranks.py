@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from grown_release import grown_release
 from small_runs import silent, small_job, small_model, small_release
 
 from draf_dist.data.release import open_release
@@ -18,7 +19,7 @@ from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.deepspeed_engine import DeepSpeedRanks
 from draf_dist.training.job import FinetuneJob
 from draf_dist.training.journal import Line
-from draf_dist.training.ledger import receipts_by_epoch
+from draf_dist.training.ledger import receipts_by_epoch, receipts_by_source
 from draf_dist.training.run import attempt, begin, train
 from draf_dist.training.run_folder import open_run
 from draf_dist.training.torch_engine import OneProcess
@@ -99,6 +100,16 @@ def test_ranks_give_the_losses_and_validations_of_one_process(ranks: Path, alone
 def test_ranks_together_consume_each_study_once_per_epoch(ranks: Path, job: FinetuneJob) -> None:
     expected = open_release(job.release).manifest.receipts["train"]
     assert receipts_by_epoch(open_run(str(ranks)).ledger()) == dict.fromkeys(range(job.epochs), expected)
+
+
+def test_ranks_of_a_run_with_replay_are_one_process_too(tmp_path: Path) -> None:
+    release, since = grown_release(tmp_path, num_subjects=60, seed=1)
+    replayed = small_job(release.pinned_url, replay={"since": since, "new": 2, "old": 1}, batch_size=7, epochs=2)
+    train(replayed, str(tmp_path / "alone"), console=silent())
+    on_ranks(replayed, tmp_path / "ranks", 2)
+    assert_near(tmp_path / "ranks", tmp_path / "alone")
+    books = [receipts_by_source(open_run(str(tmp_path / name)).ledger()) for name in ("ranks", "alone")]
+    assert books[0] == books[1]
 
 
 def test_one_attempt_of_many_ranks_is_one_in_the_books(ranks: Path) -> None:
