@@ -1,0 +1,229 @@
+"""Champion and challenger on the same studies: what the challenger costs, overall and per site, with bounds over subjects."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from draf_dist.continual.policy import GatePolicy
+from draf_dist.evaluation.predictions import Predictions
+from draf_dist.evaluation.scores import Scored, short_scores
+from draf_dist.evaluation.statistics import Estimate, Floats, Resamples, Rows, estimate
+from draf_dist.metrics.calibration import pointwise_negative_log_likelihood
+from draf_dist.metrics.classification import auroc_of_resamples, predicted_class
+from draf_dist.schema.modality import Record
+
+# Replicates held in memory at once.
+_CHUNK = 256
+
+
+class Slice(Record):
+    """Champion and challenger on the studies of one site, or on all (site None). Everything in nats is a mean over studies.
+
+    harm: NLL(challenger) - NLL(champion). lower: bound that true harm exceeds with confidence 1 - alpha / tests, tests being the
+    slices with enough subjects; upper: bound that it stays below with confidence 1 - alpha; upper_shared: the same with alpha
+    shared among the slices that may show an improvement. All null where fewer than two subjects are. sd: of what one subject adds
+    to harm: sd / sqrt(subjects) is the standard error of harm. is_new: the champion was not trained on the site. champion,
+    challenger: metrics by name, null where not defined. auroc_difference: challenger - champion, with its two-sided 95 %
+    interval. negative_flips: share of studies that the champion gets right and the challenger wrong; positive_flips: the reverse.
+    """
+
+    site: str | None
+    is_new: bool
+    num_studies: int
+    num_subjects: int
+    margin: float
+    harm: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    upper_shared: float | None = None
+    sd: float | None = None
+    champion: dict[str, float | None] = {}
+    challenger: dict[str, float | None] = {}
+    auroc_difference: Estimate = Estimate(value=None, reason="no studies")
+    negative_flips: float | None = None
+    positive_flips: float | None = None
+
+
+class Comparison(Record):
+    """All studies of the holdout, then every site in alphabetical order. Unlabelled studies take no part.
+
+    num_tests: slices that are tested for harm. num_improvements: slices that may show an improvement.
+    """
+
+    num_unlabelled: int
+    num_tests: int
+    num_improvements: int
+    overall: Slice
+    sites: tuple[Slice, ...]
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """All of them, overall first."""
+        return (self.overall, *self.sites)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Both models on n labelled studies. subject, site: (n,)."""
+
+    champion: Scored
+    challenger: Scored
+    subject: Rows
+    site: np.ndarray[tuple[int], np.dtype[np.str_]]
+
+    @property
+    def harm(self) -> Floats:
+        """NLL of the challenger less that of the champion, by study, (n,)."""
+        after, before = (pointwise_negative_log_likelihood(s.probability, s.label) for s in (self.challenger, self.champion))
+        return after - before
+
+    def rows(self, index: Rows) -> "_Pair":
+        """Some of the studies."""
+        return _Pair(self.champion.rows(index), self.challenger.rows(index), self.subject[index], self.site[index])
+
+
+def compare(
+    champion: Predictions,
+    challenger: Predictions,
+    subjects: Mapping[int, int],
+    policy: GatePolicy,
+    *,
+    champion_sites: Collection[str] | None = None,
+    trained_sites: Collection[str] = (),
+) -> Comparison:
+    """Paired differences on the labelled studies, bootstrapped over subjects with the same resamples on both sides.
+
+    Studentised bounds (Efron and Tibshirani, An Introduction to the Bootstrap, 12.5): where few studies carry most of the harm,
+    percentiles would call it small too often. Alpha of harm is divided by the number of slices tested (Bonferroni), so that all
+    of them together err with probability alpha at most.
+
+    Args:
+        champion: temperature-scaled predictions of the holdout.
+        challenger: those of the same studies.
+        subjects: uid -> number of the subject.
+        policy: levels, replicates, margins.
+        champion_sites: sites that the champion was trained on, None for all.
+        trained_sites: sites that are listed even where the holdout has no study of them.
+
+    Raises:
+        ValueError: the two sides are not of the same studies.
+    """
+    pair, num_unlabelled = _paired(champion, challenger, subjects)
+    names = sorted(set(pair.site.tolist()) | set(trained_sites))
+    rows = {name: np.flatnonzero(pair.site == name) for name in names}
+    parts = {name: pair.rows(index) for name, index in rows.items()}
+    enough = [name for name, part in parts.items() if len(np.unique(part.subject)) >= policy.min_subjects]
+    new = {name for name in names if champion_sites is not None and name not in champion_sites}
+    num_tests, num_improvements = 1 + len(enough), 1 + len(new.intersection(enough))
+    levels = _Levels(policy, num_tests, num_improvements)
+    return Comparison(
+        num_unlabelled=num_unlabelled,
+        num_tests=num_tests,
+        num_improvements=num_improvements,
+        overall=_slice(pair, levels, site=None, is_new=False),
+        sites=tuple(_slice(part, levels, site=name, is_new=name in new) for name, part in parts.items()),
+    )
+
+
+@dataclass(frozen=True)
+class _Levels:
+    policy: GatePolicy
+    num_tests: int
+    num_improvements: int
+
+    def bounds(self, harm: float, standard_error: float, studentised: Floats) -> dict[str, float]:
+        """The three bounds of a slice; studentised: (harm of a resample - harm) / its own standard error, (R,)."""
+        alpha = self.policy.alpha
+        at = (1 - alpha / self.num_tests, alpha, alpha / self.num_improvements)
+        lower, upper, shared = (harm - float(value) * standard_error for value in np.quantile(studentised, at))
+        return {"lower": lower, "upper": upper, "upper_shared": shared}
+
+
+class _BySubject:
+    """Harm as a ratio of sums over subjects: d_i summed harm and n_i studies of subject i; harm = sum d_i / sum n_i.
+
+    Linearised (Cochran, Sampling Techniques, 2.11) subject i adds (d_i - harm n_i) / mean(n) to it, so the standard error is
+    sqrt(sum_i (d_i - harm n_i)^2) / sum n_i. With one study a subject d_i is the paired difference.
+    """
+
+    def __init__(self, harm: Floats, subject: Rows) -> None:
+        _, self.first_row, index = np.unique(subject, return_index=True, return_inverse=True)
+        self.total, self.count = np.bincount(index, weights=harm), np.bincount(index).astype(np.float64)
+
+    def harm(self, drawn: Floats) -> tuple[Floats, Floats]:
+        """Harm and its standard error when subject i is drawn so often, drawn (R, subjects); (R,) each."""
+        d, n = self.total, self.count
+        studies = drawn @ n
+        mean = drawn @ d / studies
+        squares = drawn @ d**2 - 2 * mean * (drawn @ (d * n)) + mean**2 * (drawn @ n**2)
+        return mean, np.sqrt(np.maximum(squares, 0)) / studies
+
+
+def _paired(champion: Predictions, challenger: Predictions, subjects: Mapping[int, int]) -> tuple[_Pair, int]:
+    """Both sides in the order of uids, so that the order of shards plays no part; and how many studies have no label."""
+    before, after = (side.rows(np.argsort(side.uid, kind="stable")) for side in (champion, challenger))
+    if not (np.array_equal(before.uid, after.uid) and np.array_equal(before.target, after.target)):
+        raise ValueError("a paired comparison needs the same studies with the same labels on both sides")
+    known_before, known_after = before.labelled(), after.labelled()
+    subject = np.array([subjects[int(uid)] for uid in known_before.uid], dtype=np.int64)
+    pair = _Pair(_scored(known_before), _scored(known_after), subject, known_before.site)
+    return pair, before.num_studies - known_before.num_studies
+
+
+def _scored(predictions: Predictions) -> Scored:
+    return Scored(predictions.probability.astype(np.float64), predictions.target, predictions.epistemic.astype(np.float64))
+
+
+def _slice(pair: _Pair, levels: _Levels, *, site: str | None, is_new: bool) -> Slice:
+    policy, harm = levels.policy, pair.harm
+    resamples = Resamples(pair.subject, replicates=policy.replicates, seed=policy.seed)
+    about = Slice(
+        site=site,
+        is_new=is_new,
+        num_studies=len(harm),
+        num_subjects=resamples.num_subjects,
+        margin=policy.overall_margin if site is None else policy.site_margin,
+    )
+    if not len(harm):
+        return about
+    right_before, right_after = (predicted_class(s.probability) == s.label for s in (pair.champion, pair.challenger))
+    found = {
+        "harm": float(harm.mean()),
+        "champion": _metrics(pair.champion),
+        "challenger": _metrics(pair.challenger),
+        "negative_flips": float(np.mean(right_before & ~right_after)),
+        "positive_flips": float(np.mean(~right_before & right_after)),
+    }
+    if resamples.num_subjects >= 2:
+        by_subject = _BySubject(harm, pair.subject)
+        mean, error = (float(value[0]) for value in by_subject.harm(np.ones((1, resamples.num_subjects))))
+        studentised, auroc = _replicates(pair, by_subject, mean, resamples)
+        value = short_scores(pair.challenger)["auroc"] - short_scores(pair.champion)["auroc"]
+        sd = error * resamples.num_subjects / np.sqrt(resamples.num_subjects - 1)
+        found |= {**levels.bounds(mean, error, studentised), "sd": sd, "auroc_difference": estimate(value, auroc)}
+    return about.model_copy(update=found)
+
+
+def _metrics(scored: Scored) -> dict[str, float | None]:
+    return {name: Estimate.of(value).value for name, value in short_scores(scored).items()}
+
+
+def _replicates(pair: _Pair, by_subject: _BySubject, harm: float, resamples: Resamples) -> tuple[Floats, Floats]:
+    """Studentised harm and difference of AUROC in every resample, (R,) each."""
+    studentised, differences = [], []
+    for counts in _counts(resamples):
+        # All studies of a subject are drawn together.
+        mean, error = by_subject.harm(counts[:, by_subject.first_row])
+        studentised.append(np.divide(mean - harm, error, out=np.zeros_like(mean), where=error > 0))
+        after, before = (auroc_of_resamples(s.probability, s.label, counts) for s in (pair.challenger, pair.champion))
+        differences.append(after - before)
+    return np.concatenate(studentised), np.concatenate(differences)
+
+
+def _counts(resamples: Resamples) -> Iterator[Floats]:
+    """How often each study occurs, (replicates, n), a bounded number of replicates at a time."""
+    drawn = iter(resamples)
+    while chunk := list(islice(drawn, _CHUNK)):
+        yield np.array([np.bincount(rows, minlength=resamples.num_rows) for rows in chunk], dtype=np.float64)

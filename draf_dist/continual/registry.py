@@ -1,0 +1,337 @@
+"""The model registry: MLflow on one SQLite file. What may become champion is decided here; what the gate found is kept here.
+
+A version is a finished fine-tuning run. Everything known of it lies in tags, so MLflow's own tools show it too. The history of a
+model is append-only and decides who is champion; MLflow's alias `champion` follows it.
+"""
+
+import fcntl
+import logging
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from draf_dist.continual.serve import check_weights, temperature_of, weights_in
+from draf_dist.continual.verdict import Verdict
+from draf_dist.continual.version import CHALLENGER, CHAMPION, ModelVersion
+from draf_dist.errors import DrafError, GateError, SpecError, UnreachableError, explain
+from draf_dist.evaluation.evaluate import open_subject
+from draf_dist.schema.modality import Record
+from draf_dist.training.run_folder import open_run
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion as Stored
+    from mlflow.entities.model_registry import RegisteredModel
+    from mlflow.tracking import MlflowClient
+
+DEFAULT_URL = "sqlite:///registry.db"
+ENVIRONMENT = "DRAF_REGISTRY"
+PREFIX = "sqlite:///"
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+HISTORY, VERDICT = "draf.history.", "draf.verdict."
+# MLflow takes 100,000 characters a tag; the verdict of hundreds of sites is longer.
+TAG_LENGTH = 90_000
+# Models of a registry, and versions of a model, that are listed.
+LIMIT = 1000
+
+
+class Move(Record):
+    """One entry of a model's history: who became champion after whom, when (UTC) and why."""
+
+    action: Literal["promote", "rollback"]
+    version: int
+    previous: int | None
+    time: str
+    reason: str
+
+
+class Registry:
+    """The models in one SQLite file; several processes may use it at once.
+
+    url: sqlite:///PATH; if not given, that in the environment variable DRAF_REGISTRY, else registry.db in the working folder.
+
+    Raises:
+        SpecError: the URL is not sqlite:///PATH. Later, by any method: no registry there, or no such model or version.
+        UnreachableError: by any method: the file can't be read or written.
+    """
+
+    def __init__(self, url: str | None = None) -> None:
+        url = url or os.environ.get(ENVIRONMENT) or DEFAULT_URL
+        if not url.startswith(PREFIX) or not url.removeprefix(PREFIX).strip():
+            remedy = f"For example {DEFAULT_URL}, a file in this folder."
+            raise SpecError(explain("registry", expected=f"{PREFIX}PATH", found=repr(url.partition(":")[0]), remedy=remedy))
+        self.path = Path(url.removeprefix(PREFIX)).expanduser().absolute()
+
+    def register(self, name: str, run_url: str) -> ModelVersion:
+        """Makes a finished fine-tuning run a version of the model, and the challenger unless it is the champion.
+
+        The same weights of the same run are one version, however often they are registered. Fits the temperature on the
+        validation split of the release that the run was trained on. Makes the registry and the model where there is none.
+
+        Raises:
+            SpecError: a name that can't be one, no such run, or one that is not finished.
+            DataError: damaged files.
+        """
+        if not NAME.fullmatch(name):
+            remedy = "For example mortality-icu."
+            raise SpecError(explain("model name", expected="lower-case letters, digits, - and _", found=repr(name), remedy=remedy))
+        subject = open_subject(run_url, None)
+        # Before the lock: it reads a whole split.
+        temperature = temperature_of(subject).value
+        with self._changing():
+            if not self._client.search_registered_models(filter_string=f"name = '{name}'"):
+                self._client.create_registered_model(name)
+            number = self._number_of(name, subject.run.url, subject.weights_sha256)
+            if number is None:
+                tags = {
+                    "draf.weights_sha256": subject.weights_sha256,
+                    "draf.job_sha256": subject.job.sha256,
+                    "draf.release": subject.job.release,
+                    "draf.temperature": repr(temperature),
+                }
+                number = int(self._client.create_model_version(name, subject.run.url, tags=tags, await_creation_for=0).version)
+            if CHAMPION not in self.version(name, number).aliases:
+                self._client.set_registered_model_alias(name, CHALLENGER, str(number))
+            return self.version(name, number)
+
+    def names(self) -> list[str]:
+        """The models, in alphabetical order."""
+        with self._reading():
+            return sorted(model.name for model in self._client.search_registered_models(max_results=LIMIT))
+
+    def versions(self, name: str) -> list[ModelVersion]:
+        """The versions of a model, oldest first."""
+        with self._reading():
+            model = self._model(name)
+            stored = self._client.search_model_versions(f"name = '{name}'", max_results=LIMIT)
+            return [_version(each, model) for each in sorted(stored, key=lambda each: int(each.version))]
+
+    def version(self, name: str, number: int) -> ModelVersion:
+        """One version."""
+        known = {version.version: version for version in self.versions(name)}
+        if number not in known:
+            remedy = f"There are: {', '.join(map(str, known)) or 'none'}."
+            raise SpecError(explain(f"model {name}", expected="one of its versions", found=f"{number}", remedy=remedy))
+        return known[number]
+
+    def champion(self, name: str) -> ModelVersion | None:
+        """The version in use; None before the first promotion."""
+        return next((version for version in self.versions(name) if CHAMPION in version.aliases), None)
+
+    def challenger(self, name: str) -> ModelVersion | None:
+        """The version that stands for promotion; None where none does."""
+        return next((version for version in self.versions(name) if CHALLENGER in version.aliases), None)
+
+    def history(self, name: str) -> list[Move]:
+        """Every promotion and rollback, oldest first."""
+        with self._reading():
+            return _history(self._model(name))
+
+    def record_verdict(self, name: str, version: int, verdict: Verdict) -> ModelVersion:
+        """Keeps what the gate found of a version; a later verdict takes its place.
+
+        Raises:
+            GateError: the verdict is on other weights.
+        """
+        with self._changing():
+            about = self.version(name, version)
+            judged = verdict.lineage.challenger.weights_sha256 if verdict.lineage else "none"
+            if judged != about.weights_sha256:
+                where, expected = f"{name} version {version}", f"a verdict on its weights, sha256 {about.weights_sha256[:12]}"
+                remedy = "Judge this version's run as the challenger."
+                raise GateError(explain(where, expected=expected, found=f"one on {judged[:12]}", remedy=remedy))
+            text = verdict.model_dump_json()
+            parts = [text[start : start + TAG_LENGTH] for start in range(0, len(text), TAG_LENGTH)]
+            for number, part in enumerate(parts):
+                self._client.set_model_version_tag(name, str(version), f"{VERDICT}{number:03d}", part)
+            for key in self._client.get_model_version(name, str(version)).tags:
+                if key.startswith(VERDICT) and int(key.removeprefix(VERDICT)) >= len(parts):
+                    self._client.delete_model_version_tag(name, str(version), key)
+            return self.version(name, version)
+
+    def promote(self, name: str, version: int, reason: str = "") -> ModelVersion:
+        """Makes a version the champion; does nothing if it is.
+
+        The first champion of a model needs no verdict: there is nothing to compare it with.
+
+        Raises:
+            GateError: no verdict `promote` on it against the champion of this moment, or its run folder holds other weights.
+        """
+        with self._changing():
+            candidate, current = self.promotable(name, version)
+            if current is not None and current.version == version:
+                return candidate
+            previous = None if current is None else current.version
+            self._append(name, "promote", version, previous, reason or ("verdict promote" if current else "first champion"))
+            if CHALLENGER in candidate.aliases:
+                self._client.delete_registered_model_alias(name, CHALLENGER)
+            return self.version(name, version)
+
+    def promotable(self, name: str, version: int) -> tuple[ModelVersion, ModelVersion | None]:
+        """The version and the champion that it may follow; raises as `promote`, and changes nothing."""
+        candidate, current = self.version(name, version), self.champion(name)
+        if current is None or current.version != version:
+            _check_verdict(candidate, current)
+            check_weights(candidate, weights_in(open_run(candidate.run_url)))
+        return candidate, current
+
+    def rollback(self, name: str, reason: str = "") -> ModelVersion:
+        """Makes the champion before this one champion again; once more goes one further back.
+
+        What was rolled back can be promoted again: the verdict on it was against the version that is champion now.
+
+        Raises:
+            GateError: there is no earlier champion, or its run folder holds other weights.
+        """
+        with self._changing():
+            back, current = self.rollback_target(name)
+            self._append(name, "rollback", back.version, current, reason or "asked for")
+            return self.version(name, back.version)
+
+    def rollback_target(self, name: str) -> tuple[ModelVersion, int]:
+        """The version to return to, and the number of the champion; raises as `rollback`, and changes nothing."""
+        line = _line_of_champions(self.history(name))
+        if len(line) < 2:
+            remedy = "Promote another version instead."
+            found = "none" if not line else f"version {line[0]} alone"
+            raise GateError(explain(f"model {name}", expected="an earlier champion to return to", found=found, remedy=remedy))
+        back = self.version(name, line[-2])
+        check_weights(back, weights_in(open_run(back.run_url)))
+        return back, line[-1]
+
+    def _append(self, name: str, action: Literal["promote", "rollback"], version: int, previous: int | None, reason: str) -> None:
+        """The history first: if this process dies between the two, the next one mends the alias."""
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        move = Move(action=action, version=version, previous=previous, time=time, reason=reason)
+        key = f"{HISTORY}{len(self.history(name)):06d}"
+        self._client.set_registered_model_tag(name, key, move.model_dump_json())
+        self._client.set_registered_model_alias(name, CHAMPION, str(version))
+
+    def _number_of(self, name: str, run_url: str, weights_sha256: str) -> int | None:
+        """The version that these weights of this run are already."""
+        same = [each for each in self.versions(name) if (each.run_url, each.weights_sha256) == (run_url, weights_sha256)]
+        return same[0].version if same else None
+
+    def _model(self, name: str) -> "RegisteredModel":
+        # What can't be a name can't be there, and must not get into a query either.
+        found = self._client.search_registered_models(filter_string=f"name = '{name}'") if NAME.fullmatch(name) else []
+        if not found:
+            known = self.names()
+            remedy = f"There are: {', '.join(known[:20])}." if known else "Register a run first: draf models register."
+            raise SpecError(explain(str(self.path), expected="a registered model", found=f"no {name!r}", remedy=remedy))
+        return found[0]
+
+    @cached_property
+    def _client(self) -> "MlflowClient":
+        """MLflow, quiet: importing it takes seconds, so only who needs it does."""
+        # It reports its use to its makers unless told not to; both names are looked at.
+        os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+        from mlflow.tracking import MlflowClient
+
+        for noisy in ("mlflow", "alembic"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        url = f"{PREFIX}{self.path}"
+        return MlflowClient(tracking_uri=url, registry_uri=url)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Refuses a file that is no registry before MLflow would make one of it."""
+        if not self.path.exists():
+            remedy = f"draf models register makes one; or name another with --registry or {ENVIRONMENT}."
+            raise SpecError(explain(str(self.path), expected="a registry", found="nothing", remedy=remedy))
+        with self._explained():
+            self._check_file()
+            yield
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Holds the registry against other processes; the lock goes with its holder, even a killed one."""
+        with self._explained():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._check_file()
+            with self.path.with_name(f"{self.path.name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+
+    def _check_file(self) -> None:
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            return
+        with closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True)) as connection:
+            found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'registered_models'").fetchone()
+        if found is None:
+            remedy = "Name another file."
+            raise SpecError(explain(str(self.path), expected="a registry", found="another database", remedy=remedy))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What the database says, as an error of the project; without its text, which quotes statements."""
+        try:
+            yield
+        except DrafError:
+            raise
+        except _errors_of_a_database() as error:
+            expected, found = "a registry that can be read and written", type(error).__name__
+            remedy = "Check the file and its permissions; a registry of another version of MLflow needs that version."
+            raise UnreachableError(explain(str(self.path), expected=expected, found=found, remedy=remedy)) from error
+
+
+def _errors_of_a_database() -> tuple[type[Exception], ...]:
+    """Looked up when something has gone wrong, and not before: importing MLflow takes seconds."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return OSError, sqlite3.Error, SQLAlchemyError, MlflowException
+
+
+def _history(model: "RegisteredModel") -> list[Move]:
+    return [Move.model_validate_json(model.tags[key]) for key in sorted(model.tags) if key.startswith(HISTORY)]
+
+
+def _version(stored: "Stored", model: "RegisteredModel") -> ModelVersion:
+    number, tags = int(stored.version), stored.tags
+    verdict = "".join(tags[key] for key in sorted(tags) if key.startswith(VERDICT))
+    aliases = [CHAMPION] if _line_of_champions(_history(model))[-1:] == [number] else []
+    aliases += [CHALLENGER] if model.aliases.get(CHALLENGER) in (number, str(number)) else []
+    return ModelVersion(
+        name=stored.name,
+        version=number,
+        run_url=stored.source or "",
+        weights_sha256=tags["draf.weights_sha256"],
+        job_sha256=tags["draf.job_sha256"],
+        release=tags["draf.release"],
+        temperature=float(tags["draf.temperature"]),
+        verdict=Verdict.model_validate_json(verdict) if verdict else None,
+        aliases=tuple(aliases),
+    )
+
+
+def _line_of_champions(history: list[Move]) -> list[int]:
+    """Whoever is champion last, after those that a rollback would return to."""
+    line: list[int] = []
+    for move in history:
+        if move.action == "promote":
+            line.append(move.version)
+        else:
+            line.pop()
+    return line
+
+
+def _check_verdict(candidate: ModelVersion, current: ModelVersion | None) -> None:
+    if current is None:
+        return
+    where, verdict = f"{candidate.name} version {candidate.version}", candidate.verdict
+    expected = f"a verdict `promote` against version {current.version}, the champion"
+    if verdict is None or verdict.lineage is None:
+        remedy = "Judge it first: draf models gate."
+        raise GateError(explain(where, expected=expected, found="none", remedy=remedy))
+    if verdict.lineage.champion.weights_sha256 != current.weights_sha256:
+        remedy = "Judge it again: draf models gate."
+        raise GateError(explain(where, expected=expected, found="one against an older champion", remedy=remedy))
+    if verdict.decision != "promote":
+        found = f"`{verdict.decision}`" + (f" ({', '.join(verdict.sites)})" if verdict.sites else "")
+        raise GateError(explain(where, expected=expected, found=found, remedy="See draf models show."))

@@ -1,0 +1,108 @@
+"""Predictions of a registered model, the same for ever: weights checked against the registry, one noise, one temperature."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from draf_dist.continual.version import ModelVersion
+from draf_dist.data.loader import evaluation_batches
+from draf_dist.data.normalise import Normaliser
+from draf_dist.data.release import Release, open_release
+from draf_dist.errors import GateError, SpecError, explain
+from draf_dist.evaluation.evaluate import Subject, read_exported
+from draf_dist.evaluation.predict import Predictor, check_coverage
+from draf_dist.evaluation.predictions import Predictions
+from draf_dist.metrics.temperature import Temperature, fit_temperature, scale
+from draf_dist.models.export import ExportedModel
+from draf_dist.schema.release import Split
+from draf_dist.training.run_folder import RunFolder, open_run
+from draf_dist.training.validate import EVALUATION_SEED
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What predictions depend on besides weights and data. batch_size too: sums over a batch round differently at another."""
+
+    passes: int = 30
+    batch_size: int = 64
+    seed: int = EVALUATION_SEED
+
+
+SERVED = Noise()
+
+
+def predict(
+    version: ModelVersion, release_url: str, split: Split, on_progress: Progress = lambda stage, done, total: None
+) -> Predictions:
+    """Temperature-scaled predictions of a registered version; the same version, release and split give the same bytes.
+
+    Uncertainties and their decomposition are those before scaling.
+
+    Raises:
+        SpecError: no run, release, or study in the split.
+        GateError: the weights in the run folder are not those that were registered.
+        DataError: damaged files, or a release that the model can't read.
+    """
+    on_progress("open", 0, 2)
+    run = open_run(version.run_url)
+    exported, weights_sha256 = read_exported(run)
+    check_weights(version, weights_sha256)
+    release = open_release(release_url)
+    exported.check_schema(release.schema, where=release.pinned_url)
+    on_progress("predict", 1, 2)
+    return scaled(predict_split(exported, release, split, SERVED), version.temperature)
+
+
+def check_weights(version: ModelVersion, weights_sha256: str) -> None:
+    """Refuses weights that are not those of the version.
+
+    Raises:
+        GateError: they differ.
+    """
+    if weights_sha256 != version.weights_sha256:
+        raise GateError(
+            explain(
+                f"{version.name} version {version.version}",
+                expected=f"the weights that were registered, sha256 {version.weights_sha256[:12]}",
+                found=f"{weights_sha256[:12]} in its run folder",
+                remedy="The run was trained again: restore it from a copy, or register the new weights as a version of their own.",
+            )
+        )
+
+
+def weights_in(run: RunFolder) -> str:
+    """The sha256 of the weights that lie in a run folder now; raises as `read_exported`."""
+    return read_exported(run)[1]
+
+
+def predict_split(exported: ExportedModel, release: Release, split: Split, noise: Noise) -> Predictions:
+    """Unscaled predictions of every study of a split, each once.
+
+    Raises:
+        SpecError: the split holds no study.
+        DataError: the studies read are not those of the release.
+    """
+    receipt = release.manifest.receipts.get(split)
+    if receipt is None or receipt.count == 0:
+        remedy = "Name another split or release."
+        raise SpecError(explain(release.pinned_url, expected=f"studies in the {split} split", found="none", remedy=remedy))
+    predictor = Predictor(exported.model, release.schema, noise.passes, noise.seed)
+    normaliser = Normaliser(release.schema, exported.stats)
+    found = predictor.predict(map(normaliser, evaluation_batches(release, split, noise.batch_size)), split=split)
+    check_coverage(found, receipt)
+    return found
+
+
+def temperature_of(subject: Subject, noise: Noise = SERVED) -> Temperature:
+    """The temperature fitted on the validation split of the release that a run was trained on."""
+    known = predict_split(subject.exported, subject.trained_on, "val", noise).labelled()
+    return fit_temperature(known.probability.astype(np.float64), known.target)
+
+
+def scaled(predictions: Predictions, temperature: float) -> Predictions:
+    """The predictions with their probabilities at a temperature."""
+    probability = scale(predictions.probability.astype(np.float64), temperature).astype(np.float32)
+    return replace(predictions, probability=probability)
