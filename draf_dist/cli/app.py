@@ -10,7 +10,24 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from draf_dist.cli import bench, demo, doctor, evaluate, prepare, release, run, schema, synth, train
+from draf_dist.cli import (
+    bench,
+    delivery,
+    demo,
+    doctor,
+    evaluate,
+    ingest,
+    models,
+    prepare,
+    release,
+    retrain,
+    run,
+    schema,
+    submit,
+    synth,
+    train,
+    tune,
+)
 from draf_dist.cli.output import errors
 from draf_dist.errors import DrafError, InterruptedRunError
 
@@ -22,12 +39,18 @@ app = typer.Typer(
 )
 app.command("synth")(synth.synth)
 app.command("prepare")(prepare.prepare)
+app.command("ingest")(ingest.ingest)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
+app.command("tune")(tune.tune)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.command("schema")(schema.schema)
+app.command("submit")(submit.submit)
+app.command("retrain")(retrain.retrain)
+app.add_typer(models.app, name="models", help="Registered models: list, show, gate, promote, roll back, predict.")
+app.add_typer(delivery.app, name="delivery", help="Deliveries of raw files: seal, verify.")
 app.add_typer(release.app, name="release", help="Releases: verify, log.")
 app.add_typer(run.app, name="run", help="Runs: show, report, trace.")
 

@@ -16,7 +16,7 @@ from draf_dist.evaluation.baselines import BaselineConfig, predict_baseline, rea
 from draf_dist.evaluation.evaluate import open_subject
 from draf_dist.evaluation.predict import Predictor, check_coverage
 from draf_dist.evaluation.predictions import Predictions, file_name, read_predictions, write_predictions
-from draf_dist.evaluation.temperature import Temperature, fit_temperature
+from draf_dist.metrics.temperature import Temperature, fit_temperature
 from draf_dist.schema.modality import Record
 from draf_dist.schema.release import Split
 from draf_dist.storage import Store, open_store

@@ -12,9 +12,9 @@ from draf_dist.evaluation.predictions import Predictions
 from draf_dist.evaluation.results import Floor, Metrics
 from draf_dist.evaluation.scores import Scored, short_scores
 from draf_dist.evaluation.statistics import Estimate, Floats, Resamples, estimate
-from draf_dist.evaluation.temperature import scale
 from draf_dist.metrics.calibration import ece_floor, top_label
 from draf_dist.metrics.classification import auroc
+from draf_dist.metrics.temperature import scale
 
 SHOWN = ("auroc", "auprc", "nll", "brier", "ece")
 FLOOR_REPLICATES = 200

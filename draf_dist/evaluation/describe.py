@@ -23,9 +23,9 @@ from draf_dist.evaluation.results import (
 )
 from draf_dist.evaluation.scores import Scored, all_scores, class_counts, short_scores
 from draf_dist.evaluation.statistics import Estimate, Floats, Resamples, estimate_all
-from draf_dist.evaluation.temperature import scale
 from draf_dist.metrics import calibration, selective
 from draf_dist.metrics.classification import num_undefined_classes
+from draf_dist.metrics.temperature import scale
 
 CURVE_POINTS = 101
 FLOOR_REPLICATES = 200

@@ -21,7 +21,7 @@ from draf_dist.evaluation.report import render
 from draf_dist.evaluation.results import About, Evaluation
 from draf_dist.evaluation.robustness import Sweeper, SweepRun
 from draf_dist.evaluation.signals import find_warnings, measure_signals
-from draf_dist.evaluation.temperature import fit_temperature
+from draf_dist.metrics.temperature import fit_temperature
 from draf_dist.models.export import DESCRIPTION, REQUIRED_FILES, ExportedModel, read_model
 from draf_dist.schema.release import SPLITS, Split
 from draf_dist.storage import Store
@@ -124,6 +124,20 @@ def open_subject(run_url: str, release_url: str | None) -> Subject:
     if not isinstance(run.job, FinetuneJob):
         remedy = "Fine-tune with its encoder first: `pretrained` in a fine-tuning job."
         raise SpecError(explain(run.url, expected="a run of fine-tuning", found=f"one of {run.job.kind}", remedy=remedy))
+    exported, weights_sha256 = read_exported(run)
+    trained_on = open_release(run.job.release)
+    release = trained_on if release_url is None else open_release(release_url)
+    exported.check_schema(release.schema, where=release.pinned_url)
+    return Subject(run, run.job, exported, weights_sha256, release, trained_on)
+
+
+def read_exported(run: RunFolder) -> tuple[ExportedModel, str]:
+    """The exported model of a finished run, checked, and the sha256 of its weights.
+
+    Raises:
+        SpecError: the run is not finished.
+        DataError: a file is missing or damaged.
+    """
     paths = {name: f"{MODEL}/{name}" for name in REQUIRED_FILES}
     # Its description is written last: before it the export is not whole.
     if not run.store.exists(paths[DESCRIPTION]):
@@ -135,12 +149,9 @@ def open_subject(run_url: str, release_url: str | None) -> Subject:
                 remedy="Let draf train finish; the same command goes on.",
             )
         )
-    exported = read_model({name: run.store.read(path) for name, path in paths.items()}, where=run.store.where(MODEL))
-    trained_on = open_release(run.job.release)
-    release = trained_on if release_url is None else open_release(release_url)
-    exported.check_schema(release.schema, where=release.pinned_url)
-    description = json.loads(run.store.read(paths[DESCRIPTION]))
-    return Subject(run, run.job, exported, description["weights_sha256"], release, trained_on)
+    files = {name: run.store.read(path) for name, path in paths.items()}
+    exported = read_model(files, where=run.store.where(MODEL))
+    return exported, str(json.loads(files[DESCRIPTION])["weights_sha256"])
 
 
 def _clean_predictions(subject: Subject, job: EvaluateJob, on_progress: Progress) -> dict[str, Predictions]:

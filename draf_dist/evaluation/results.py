@@ -4,7 +4,7 @@ from typing import Literal
 
 from draf_dist.evaluation.job import EvaluateJob
 from draf_dist.evaluation.statistics import Estimate
-from draf_dist.evaluation.temperature import Temperature
+from draf_dist.metrics.temperature import Temperature
 from draf_dist.schema.modality import Record
 
 Metrics = dict[str, Estimate]

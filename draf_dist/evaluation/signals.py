@@ -9,7 +9,7 @@ from draf_dist.evaluation.job import EvaluateJob
 from draf_dist.evaluation.predictions import Predictions
 from draf_dist.evaluation.results import Cell, Signal, SplitResult, Sweep
 from draf_dist.evaluation.statistics import Estimate, Floats, spearman
-from draf_dist.evaluation.temperature import Temperature
+from draf_dist.metrics.temperature import Temperature
 
 # What the weights use, where a model says so; else the proposal's own uncertainty.
 USED, LITERAL = "used", "epistemic"

@@ -28,6 +28,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # Heavy library -> the only places that may import it.
 HOMES = {
     "ray": ("launch/", "tuning/"),
+    "optuna": ("tuning/",),
     "deepspeed": ("training/deepspeed_engine.py",),
     "webdataset": ("data/shards.py",),
     "zarr": ("data/volumes.py",),

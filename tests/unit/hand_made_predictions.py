@@ -10,7 +10,7 @@ from draf_dist.evaluation.job import EvaluateJob
 from draf_dist.evaluation.predictions import Applied, Predictions
 from draf_dist.evaluation.results import About, Cell, Evaluation, Sweep
 from draf_dist.evaluation.signals import find_warnings, measure_signals
-from draf_dist.evaluation.temperature import fit_temperature
+from draf_dist.metrics.temperature import fit_temperature
 
 MODALITIES = ("cxr", "labs")
 

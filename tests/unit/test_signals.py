@@ -8,7 +8,7 @@ from draf_dist.evaluation.describe import describe_split
 from draf_dist.evaluation.job import EvaluateJob
 from draf_dist.evaluation.predictions import Predictions
 from draf_dist.evaluation.signals import find_warnings, measure_signals
-from draf_dist.evaluation.temperature import Temperature
+from draf_dist.metrics.temperature import Temperature
 
 FITTED = Temperature(value=1.2, nll_raw=0.5, nll_scaled=0.49)
 

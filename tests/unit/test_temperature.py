@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from draf_dist.evaluation.temperature import HIGHEST, LOWEST, fit_temperature, scale
 from draf_dist.metrics.calibration import negative_log_likelihood
+from draf_dist.metrics.temperature import HIGHEST, LOWEST, fit_temperature, scale
 
 
 def sharpened(temperature: float, num_classes: int, n: int = 20000) -> tuple[np.ndarray, np.ndarray]:

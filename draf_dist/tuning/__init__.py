@@ -1,0 +1,1 @@
+"""Search campaigns: hyper-parameters of a job, sought with Ray Tune, Optuna and successive halving."""
