@@ -8,7 +8,7 @@ DEMO_DIR ?= demo
 export OMP_NUM_THREADS ?= 1
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: install test demo lint bench study study-pretraining clean
+.PHONY: install test demo demo-full lint bench study study-pretraining clean
 
 install: $(STAMP)
 
@@ -29,6 +29,9 @@ test: lint
 
 demo: $(STAMP)
 	$(BIN)/draf demo --out $(DEMO_DIR)
+
+demo-full: $(STAMP)
+	$(BIN)/draf demo --full --out $(DEMO_DIR)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/noise.py

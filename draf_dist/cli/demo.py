@@ -4,9 +4,8 @@ import json as json_module
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +13,9 @@ import typer
 from rich.console import Console
 
 from draf_dist.cli.demo_checks import PRETRAINED, REFERENCE, RUN
+from draf_dist.cli.demo_stages import Stages
 from draf_dist.cli.evaluate import print_evaluation
-from draf_dist.cli.output import JsonOption, console, errors, print_json, table
+from draf_dist.cli.output import JsonOption, console, print_json, table
 from draf_dist.cli.subject_key import PUBLIC_KEY
 from draf_dist.errors import InterruptedRunError, SpecError, explain
 
@@ -27,28 +27,19 @@ SUMMARY = "demo.json"
 MARK = ".draf-demo"
 
 
-@dataclass
-class Stages:
-    """Names and seconds of what was done, in order."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Announces a stage on standard error and times it."""
-        errors.print(f"[bold]{name}[/] ...", highlight=False)
-        began = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - began, 2)
-
-
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write; an earlier demo there is replaced.")] = Path("demo"),
     subjects: Annotated[int, typer.Option(min=200, help="Synthetic subjects.")] = 800,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    full: Annotated[
+        bool, typer.Option("--full", help="Then a campaign, a submission to a cluster, and a new hospital's delivery.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Synthesise hospitals, prepare to S3, pre-train and fine-tune on 2 Ray workers, kill one, evaluate, report, check it all.
+
+    With --full the road goes on: a campaign of six trials; the fine-tuning job submitted to a Ray cluster with a token; a delivery
+    of a new hospital ingested, the model retrained, judged by the gate, promoted, and rolled back.
 
     Example: draf demo --out demo
     """
@@ -62,6 +53,8 @@ def demo(
     try:
         os.environ.update(server.environment)
         evaluation, facts = _road(out.absolute(), server.create_bucket("demo"), stages, subjects=subjects, seed=seed)
+        if full:
+            facts["checks"] |= _rest_of_the_road(out.absolute(), facts["release"], stages, subjects=subjects, seed=seed)
     except InterruptedRunError as error:
         remedy = "The demo starts anew at the next call; a training of your own would continue."
         raise InterruptedRunError(explain("demo", expected="to finish", found="a signal", remedy=remedy)) from error
@@ -135,6 +128,18 @@ def _train(out: Path, release: str, stages: Stages, seed: int) -> "Kill":
         with stages("fine-tune again, undisturbed"):
             train_on_ray(job, str(out / REFERENCE), profile, console=log)
     return kill
+
+
+def _rest_of_the_road(out: Path, release: str, stages: Stages, *, subjects: int, seed: int) -> dict[str, str]:
+    from draf_dist.cli.demo_campaign import campaign
+    from draf_dist.cli.demo_continual import new_hospital
+    from draf_dist.cli.demo_submit import submission
+
+    return {
+        **campaign(out, release, stages, seed=seed),
+        **submission(out, stages),
+        **new_hospital(out, release, stages, subjects=subjects, seed=seed),
+    }
 
 
 def _clear(out: Path) -> None:
