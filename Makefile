@@ -24,8 +24,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What needs no server, no cluster and no clock runs two files at a time; the rest has the machine to itself.
 test: lint
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest --durations=10 -n 2 --dist loadfile tests/unit tests/contract tests/numerics tests/layout/test_layers.py
+	$(BIN)/python -m pytest --durations=25 tests/layout/test_readme.py tests/parity tests/integration tests/gpu
 
 demo: $(STAMP)
 	$(BIN)/draf demo --out $(DEMO_DIR)
