@@ -58,14 +58,18 @@ def nothing_observed(counts: SourceCounts) -> dict[str, list[str]]:
     return {name: made.empty_at for name, made in sorted(counts.variables.items()) if made.empty_at}
 
 
-def print_quarantine(quarantine: Quarantine, counts: Counts) -> None:
-    """How many studies were left out, why, and where the first of them stand."""
+def print_quarantine(quarantine: Quarantine, counts: Counts, num_duplicates: int = 0) -> None:
+    """How many studies were left out, of how many that were read, why, and where the first of them stand.
+
+    counts: of those kept. num_duplicates: of those that were there already; the limit is a share of all three together.
+    """
     if not quarantine.studies:
         console.print("Quarantine: none.")
         return
     reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(quarantine.reasons.items()))
     kept = sum(cell["studies"] for splits in counts.values() for cell in splits.values())
-    share = len(quarantine.studies) / (kept + len(quarantine.studies))
-    console.print(f"Quarantine: {len(quarantine.studies)} studies ({share:.1%}): {reasons}.")
+    num_read = kept + num_duplicates + len(quarantine.studies)
+    share = f"{len(quarantine.studies) / num_read:.1%} of {num_read}"
+    console.print(f"Quarantine: {len(quarantine.studies)} studies ({share}): {reasons}.", soft_wrap=True, highlight=False)
     for study in quarantine.studies[:SHOWN_REJECTIONS]:
         console.print(f"  {study.site}: {study.where}: {study.reason}", soft_wrap=True, highlight=False, markup=False)

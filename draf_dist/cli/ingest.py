@@ -38,10 +38,12 @@ def ingest(
     from draf_dist.continual.ingest import ingest as ingest_delivery
     from draf_dist.continual.ingest import inspect_delivery
     from draf_dist.sources.card import load_card
-    from draf_dist.sources.delivery import read_delivery
+    from draf_dist.sources.delivery import card_of_sites, read_delivery
+    from draf_dist.sources.hospital_export import HospitalExportCard
 
-    read_delivery(delivery)
-    source = load_card(card, overrides or ()).build(delivery)
+    sites = read_delivery(delivery).sites
+    loaded = load_card(card, overrides or ())
+    source = (card_of_sites(loaded, sites) if isinstance(loaded, HospitalExportCard) else loaded).build(delivery)
     key = subject_key(public=source.public_subject_key)
     with termination_as_interrupt(), progress() as bar:
         task = bar.add_task("checking files", total=None)
@@ -79,12 +81,12 @@ def _print(found: "Ingested", source: "Source", *, dry_run: bool) -> None:
         print_counts(_sites_with_studies(found), f"{'would be added by' if dry_run else 'added by'} {delivery.delivery_id}")
     print_source_counts(source.counts)
     print_nothing_observed(source.counts)
-    print_quarantine(found.quarantine, found.counts)
+    print_quarantine(found.quarantine, found.counts, delivery.num_duplicates)
     console.print(f"In the release already, with the same content: {delivery.num_duplicates} studies.", highlight=False)
     if dry_run:
         console.print(f"Dry run: nothing was written; the newest release is {newest}.", soft_wrap=True, highlight=False)
     elif found.verdict == "nothing new":
-        console.print(f"Nothing new: the newest release is still {newest}.", soft_wrap=True, highlight=False)
+        console.print(f"Nothing new: recorded in {newest}, with the studies of its parent.", soft_wrap=True, highlight=False)
     else:
         console.print(f"Newest release: {newest}, after {found.release.manifest.parent}.", soft_wrap=True, highlight=False)
 

@@ -10,6 +10,8 @@ from draf_dist.cli.output import DryRunOption, JsonOption, SetOption, console, p
 from draf_dist.errors import GateError, SpecError, explain
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from draf_dist.continual.registry import Registry
     from draf_dist.continual.verdict import Verdict
     from draf_dist.continual.version import ModelVersion
@@ -76,20 +78,24 @@ def show(
     opened = _registry(registry)
     name, at, which = model.partition("@")
     if at:
-        _show_version(_resolve(opened, name, which), json=json)
+        _show_version(opened, _resolve(opened, name, which), json=json)
         return
     versions, history = opened.versions(name), opened.history(name)
+    verdicts = {version.version: _verdicts(version, versions) for version in versions}
     if json:
         moves = [move.model_dump(mode="json") for move in history]
-        print_json({"name": name, "versions": [_about(version) for version in versions], "history": moves})
+        about = [{**_about(version), "verdicts": verdicts[version.version]} for version in versions]
+        print_json({"name": name, "versions": about, "history": moves})
         return
     rows = [
         (v.version, ", ".join(v.aliases) or "-", v.verdict.decision if v.verdict else "-", v.weights_sha256[:12], v.run_url)
         for v in versions
     ]
     console.print(table(name, ("version", "alias", "verdict", "weights", "run"), rows))
-    past = [(move.time, move.action, move.version, move.previous or "-", move.reason) for move in history]
-    console.print(table("history", ("time", "action", "champion", "before", "reason"), past))
+    _print_verdicts(name, verdicts)
+    keys = ("time", "action", "version", "previous", "reason", "policy", "holdout")
+    past = [[getattr(move, key) or "-" for key in keys] for move in history]
+    console.print(table("history", ("time", "action", "champion", "before", "reason", "policy", "holdout"), past))
 
 
 @app.command("gate")
@@ -111,6 +117,7 @@ def gate(
     from draf_dist.continual.gate import run_gate
     from draf_dist.continual.gate_report import REPORT, write_verdict
     from draf_dist.continual.policy import GatePolicy
+    from draf_dist.continual.serve import check_model
     from draf_dist.storage import open_store
 
     tree = {} if policy is None else read_yaml(policy)
@@ -121,6 +128,11 @@ def gate(
     if champion is None:
         remedy = "The first needs no verdict: draf models promote."
         raise GateError(explain(f"model {name}", expected="a champion to compare with", found="none", remedy=remedy))
+    if candidate.version == champion.version or candidate.model_sha256 == champion.model_sha256:
+        found, remedy = f"version {candidate.version}, which is the champion", "Name another version with --version."
+        raise SpecError(explain(f"model {name}", expected="a version other than the champion", found=found, remedy=remedy))
+    for version_judged in (champion, candidate):
+        check_model(version_judged)
     with progress() as bar:
         task = bar.add_task("comparing", total=None)
         verdict = run_gate(
@@ -188,7 +200,7 @@ def rollback(
 def predict(
     model: WhichArgument,
     release: Annotated[str, typer.Option(help="The release, with or without a version.")],
-    out: Annotated[Path, typer.Option(help="The parquet file to write.")],
+    out: Annotated[str, typer.Option(help="The parquet file to write, a path or s3://bucket/key.")],
     split: Annotated[str, typer.Option(help="train, val, test or ood.")] = "test",
     registry: RegistryOption = None,
     json: JsonOption = False,
@@ -205,16 +217,20 @@ def predict(
     chosen = next((known for known in SPLITS if known == split), None)
     if chosen is None:
         raise SpecError(explain("--split", expected=f"one of {', '.join(SPLITS)}", found=repr(split), remedy="Name one of them."))
+    folder, slash, file = out.rpartition("/")
+    if not file.strip():
+        raise SpecError(explain("--out", expected="a file", found=repr(out), remedy="For example predictions.parquet."))
     name, _, which = model.partition("@")
     version = _resolve(_registry(registry), name, which or "champion")
+    store = open_store(folder or slash or ".")
     with progress() as bar:
         task = bar.add_task("predicting", total=None)
         found = predict_with(
             version, release, chosen, lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
         )
-    write_predictions(open_store(str(out.parent)), out.name, [found])
+    write_predictions(store, file, [found])
     if json:
-        print_json({"file": str(out), "model": name, "version": version.version, "num_studies": found.num_studies})
+        print_json({"file": out, "model": name, "version": version.version, "num_studies": found.num_studies})
         return
     console.print(f"{found.num_studies} studies by {name} version {version.version}: {out}", soft_wrap=True, highlight=False)
 
@@ -263,6 +279,7 @@ def _about(version: "ModelVersion") -> dict[str, Any]:
         "aliases": list(version.aliases),
         "run": version.run_url,
         "weights_sha256": version.weights_sha256,
+        "model_sha256": version.model_sha256,
         "job_sha256": version.job_sha256,
         "release": version.release,
         "temperature": version.temperature,
@@ -270,10 +287,46 @@ def _about(version: "ModelVersion") -> dict[str, Any]:
     }
 
 
-def _show_version(version: "ModelVersion", *, json: bool) -> None:
-    about = _about(version)
+def _verdicts(version: "ModelVersion", versions: "Sequence[ModelVersion]") -> list[dict[str, Any]]:
+    """Every verdict on a version, oldest first: what was decided, by which policy, on which holdout, against which champion."""
+    numbers = {each.weights_sha256: each.version for each in reversed(versions)}
+    kept = []
+    for verdict in version.verdicts:
+        about = verdict.lineage
+        champion = "" if about is None else about.champion.weights_sha256
+        kept.append(
+            {
+                "decision": verdict.decision,
+                "policy": verdict.policy_fingerprint,
+                "holdout": "" if about is None else about.holdout,
+                "champion_version": numbers.get(champion),
+                "champion_weights_sha256": champion,
+            }
+        )
+    return kept
+
+
+def _print_verdicts(name: str, verdicts: "Mapping[int, list[dict[str, Any]]]") -> None:
+    rows = [
+        (
+            number,
+            each["decision"],
+            each["policy"],
+            each["holdout"],
+            each["champion_version"] or "-",
+            each["champion_weights_sha256"][:12],
+        )
+        for number, kept in verdicts.items()
+        for each in kept
+    ]
+    if rows:
+        console.print(table(f"verdicts on {name}", ("version", "verdict", "policy", "holdout", "against", "weights"), rows))
+
+
+def _show_version(registry: "Registry", version: "ModelVersion", *, json: bool) -> None:
+    about, verdicts = _about(version), _verdicts(version, registry.versions(version.name))
     if json:
-        print_json(about)
+        print_json({**about, "verdicts": verdicts})
         return
     rows = [(key.replace("_", " "), value) for key, value in about.items() if key not in ("verdict", "aliases")]
     rows.append(("aliases", ", ".join(version.aliases) or "-"))
@@ -281,6 +334,7 @@ def _show_version(version: "ModelVersion", *, json: bool) -> None:
     if version.verdict is None:
         console.print("No verdict yet.")
     else:
+        _print_verdicts(version.name, {version.version: verdicts})
         print_verdict(version.verdict)
 
 

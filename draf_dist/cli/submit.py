@@ -47,6 +47,7 @@ def submit(  # noqa: PLR0913 - every one is an option of the command line
     from draf_dist.training.jobs import load_job
 
     _check_one_of({"--status": status, "--stop": stop, "--render": render is not None, "--dry-run": dry_run})
+    _check_one_of({"--render": render is not None, "--json": json})
     where = load_cluster(cluster)
     what = bundle(load_job(job, overrides or ()), where, out)
     if render is not None:

@@ -30,6 +30,7 @@ def train(
     from draf_dist.launch.cluster_profile import load_profile
     from draf_dist.launch.profile import OneProcessProfile
     from draf_dist.launch.train import train_with
+    from draf_dist.training.job import without_secret
     from draf_dist.training.jobs import load_job
     from draf_dist.training.pin import pin
     from draf_dist.training.run import RUNS
@@ -40,7 +41,7 @@ def train(
     where = OneProcessProfile() if profile is None else load_profile(profile)
     if dry_run:
         pinned = pin(spec)
-        url = out or f"{RUNS}/{pinned.run_name}"
+        url = without_secret("--out", out or f"{RUNS}/{pinned.run_name}")
         release = open_release(pinned.release)
         # What a rank would refuse: encoders that don't fit, modalities that are not there.
         build_stage(pinned, release, OneProcess())

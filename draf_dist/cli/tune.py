@@ -37,7 +37,7 @@ def tune(
     spec = load_campaign(campaign, overrides or ())
     where = None if profile is None else load_profile(profile)
     if dry_run:
-        _describe(spec, json=json)
+        _describe(spec, out, json=json)
         return
     from draf_dist.tuning.campaign import run_campaign
 
@@ -66,19 +66,22 @@ def _print_next(result: "CampaignResult") -> None:
     console.print(f"Winner: trial {result.best.trial}   Next: draf train {result.winner}", soft_wrap=True, highlight=False)
 
 
-def _describe(spec: "CampaignJob", *, json: bool) -> None:
-    from draf_dist.training.pin import pin
-    from draf_dist.tuning.checks import check_campaign, max_epochs
-    from draf_dist.tuning.point import base_value
-    from draf_dist.tuning.rungs import milestones
+def _describe(spec: "CampaignJob", out: str | None, *, json: bool) -> None:
+    from draf_dist.tuning.checks import check_campaign
+    from draf_dist.tuning.folder import find_campaign
+    from draf_dist.tuning.point import base_value, max_epochs
+    from draf_dist.tuning.rungs import milestones, nothing_is_stopped
     from draf_dist.tuning.space import describe
 
     check_campaign(spec)
-    releases = {name: pin(stage).release for name, stage in spec.stages.items()}
+    store, there, pinned = find_campaign(spec, out)
+    releases = {name: stage.release for name, stage in pinned.stages.items()}
     space = {path: {"values": describe(parameter), "base": base_value(spec, path)} for path, parameter in spec.space.items()}
     rungs = [] if spec.stopping is None else list(milestones(spec.stopping, max_epochs(spec)))
+    never = nothing_is_stopped(spec)
     if json:
-        print_json({"name": spec.name, "trials": spec.budget.trials, "space": space, "rungs": rungs, "releases": releases})
+        about = {"name": spec.name, "trials": spec.budget.trials, "space": space, "rungs": rungs, "releases": releases}
+        print_json({**about, "campaign": store.url, "exists": there is not None, "warnings": [never] if never else []})
         return
     rows = [(path, about["values"], about["base"]) for path, about in space.items()]
     console.print(
@@ -86,6 +89,9 @@ def _describe(spec: "CampaignJob", *, json: bool) -> None:
     )
     for name, release in releases.items():
         console.print(f"{name} on {release}", soft_wrap=True, highlight=False)
+    console.print(f"{'Continues' if there is not None else 'Folder:'} {store.url}", soft_wrap=True, highlight=False)
+    if never is not None:
+        console.print(f"note: {never}", markup=False, highlight=False, soft_wrap=True)
     after = ", ".join(map(str, rungs)) or "no"
     console.print(f"Trials are compared, and the worse ones stopped, after {after} epochs.", highlight=False)
 

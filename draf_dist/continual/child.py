@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -30,6 +30,10 @@ class Base:
     release: Release
     schema: DataSchema
     held_out_sites: frozenset[str]
+
+    def without_new_sites(self) -> "Base":
+        """For a delivery that adds no study: then it adds no site either."""
+        return replace(self, schema=self.release.schema, held_out_sites=frozenset(self.release.manifest.held_out_sites))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from draf_dist.schema.modality import Record
 
 # Replicates held in memory at once.
 _CHUNK = 256
+# Standard errors below these are rounding: of a slice in nats, of a resample as a share of the slice's.
+_NO_SPREAD, _NO_SPREAD_IN_RESAMPLE = 1e-9, 1e-6
 
 
 class Slice(Record):
@@ -23,7 +25,8 @@ class Slice(Record):
 
     harm: NLL(challenger) - NLL(champion). lower: bound that true harm exceeds with confidence 1 - alpha / tests, tests being the
     slices with enough subjects; upper: bound that it stays below with confidence 1 - alpha; upper_shared: the same with alpha
-    shared among the slices that may show an improvement. All null where fewer than two subjects are. sd: of what one subject adds
+    shared among the slices that may show an improvement. All null where fewer than two subjects are, each where so few subjects
+    differ from the others that the holdout does not bound the harm. sd: of what one subject adds
     to harm: sd / sqrt(subjects) is the standard error of harm. is_new: the champion was not trained on the site. champion,
     challenger: metrics by name, null where not defined. auroc_difference: challenger - champion, with its two-sided 95 %
     interval. negative_flips: share of studies that the champion gets right and the challenger wrong; positive_flips: the reverse.
@@ -96,8 +99,8 @@ def compare(
     """Paired differences on the labelled studies, bootstrapped over subjects with the same resamples on both sides.
 
     Studentised bounds (Efron and Tibshirani, An Introduction to the Bootstrap, 12.5): where few studies carry most of the harm,
-    percentiles would call it small too often. Alpha of harm is divided by the number of slices tested (Bonferroni), so that all
-    of them together err with probability alpha at most.
+    percentiles would call it small too often. Alpha of harm is divided by the number of slices tested (Bonferroni). The levels
+    hold for harm that the holdout shows: what happens to no subject in it, no resampling bounds.
 
     Args:
         champion: temperature-scaled predictions of the holdout.
@@ -133,12 +136,21 @@ class _Levels:
     num_tests: int
     num_improvements: int
 
-    def bounds(self, harm: float, standard_error: float, studentised: Floats) -> dict[str, float]:
-        """The three bounds of a slice; studentised: (harm of a resample - harm) / its own standard error, (R,)."""
+    def bounds(self, harm: float, standard_error: float, studentised: Floats) -> dict[str, float | None]:
+        """The three bounds of a slice, None for one at infinity.
+
+        studentised: (harm of a resample - harm) / its own standard error, (R,); infinite where a resample has no spread.
+        """
+        if standard_error < _NO_SPREAD:
+            return dict.fromkeys(("lower", "upper", "upper_shared"), harm)
         alpha = self.policy.alpha
-        at = (1 - alpha / self.num_tests, alpha, alpha / self.num_improvements)
-        lower, upper, shared = (harm - float(value) * standard_error for value in np.quantile(studentised, at))
-        return {"lower": lower, "upper": upper, "upper_shared": shared}
+        # Order statistics: between two infinite ones nothing can be interpolated.
+        lower = np.quantile(studentised, 1 - alpha / self.num_tests, method="higher")
+        upper, shared = np.quantile(studentised, (alpha, alpha / self.num_improvements), method="lower")
+        bounds = {
+            name: harm - float(t) * standard_error for name, t in (("lower", lower), ("upper", upper), ("upper_shared", shared))
+        }
+        return {name: bound if np.isfinite(bound) else None for name, bound in bounds.items()}
 
 
 class _BySubject:
@@ -150,15 +162,23 @@ class _BySubject:
 
     def __init__(self, harm: Floats, subject: Rows) -> None:
         _, self.first_row, index = np.unique(subject, return_index=True, return_inverse=True)
-        self.total, self.count = np.bincount(index, weights=harm), np.bincount(index).astype(np.float64)
+        self.count = np.bincount(index).astype(np.float64)
+        # About the mean: where subjects hardly differ, squares of d itself would be lost to rounding.
+        self.excess = np.bincount(index, weights=harm - harm.mean())
 
-    def harm(self, drawn: Floats) -> tuple[Floats, Floats]:
-        """Harm and its standard error when subject i is drawn so often, drawn (R, subjects); (R,) each."""
-        d, n = self.total, self.count
+    def excess_harm(self, drawn: Floats) -> tuple[Floats, Floats]:
+        """Harm less that of the slice, and its standard error, when subject i is drawn so often, drawn (R, subjects); (R,) each."""
+        d, n = self.excess, self.count
         studies = drawn @ n
         mean = drawn @ d / studies
         squares = drawn @ d**2 - 2 * mean * (drawn @ (d * n)) + mean**2 * (drawn @ n**2)
         return mean, np.sqrt(np.maximum(squares, 0)) / studies
+
+    def studentised(self, drawn: Floats, standard_error: float) -> Floats:
+        """Excess harm over its standard error in every resample; as far off as can be where a resample has no spread."""
+        mean, error = self.excess_harm(drawn)
+        has_spread = error > _NO_SPREAD_IN_RESAMPLE * standard_error
+        return np.divide(mean, error, out=np.copysign(np.inf, mean), where=has_spread)
 
 
 def _paired(champion: Predictions, challenger: Predictions, subjects: Mapping[int, int]) -> tuple[_Pair, int]:
@@ -198,11 +218,11 @@ def _slice(pair: _Pair, levels: _Levels, *, site: str | None, is_new: bool) -> S
     }
     if resamples.num_subjects >= 2:
         by_subject = _BySubject(harm, pair.subject)
-        mean, error = (float(value[0]) for value in by_subject.harm(np.ones((1, resamples.num_subjects))))
-        studentised, auroc = _replicates(pair, by_subject, mean, resamples)
+        error = float(by_subject.excess_harm(np.ones((1, resamples.num_subjects)))[1][0])
+        studentised, auroc = _replicates(pair, by_subject, error, resamples)
         value = short_scores(pair.challenger)["auroc"] - short_scores(pair.champion)["auroc"]
         sd = error * resamples.num_subjects / np.sqrt(resamples.num_subjects - 1)
-        found |= {**levels.bounds(mean, error, studentised), "sd": sd, "auroc_difference": estimate(value, auroc)}
+        found |= {**levels.bounds(float(harm.mean()), error, studentised), "sd": sd, "auroc_difference": estimate(value, auroc)}
     return about.model_copy(update=found)
 
 
@@ -210,13 +230,12 @@ def _metrics(scored: Scored) -> dict[str, float | None]:
     return {name: Estimate.of(value).value for name, value in short_scores(scored).items()}
 
 
-def _replicates(pair: _Pair, by_subject: _BySubject, harm: float, resamples: Resamples) -> tuple[Floats, Floats]:
+def _replicates(pair: _Pair, by_subject: _BySubject, standard_error: float, resamples: Resamples) -> tuple[Floats, Floats]:
     """Studentised harm and difference of AUROC in every resample, (R,) each."""
     studentised, differences = [], []
     for counts in _counts(resamples):
         # All studies of a subject are drawn together.
-        mean, error = by_subject.harm(counts[:, by_subject.first_row])
-        studentised.append(np.divide(mean - harm, error, out=np.zeros_like(mean), where=error > 0))
+        studentised.append(by_subject.studentised(counts[:, by_subject.first_row], standard_error))
         after, before = (auroc_of_resamples(s.probability, s.label, counts) for s in (pair.challenger, pair.champion))
         differences.append(after - before)
     return np.concatenate(studentised), np.concatenate(differences)

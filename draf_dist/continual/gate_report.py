@@ -1,12 +1,13 @@
 """gate.html: a verdict as one self-contained page that needs no network, no script and no server; and verdict.json beside it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from draf_dist.continual.comparison import Slice
-from draf_dist.continual.verdict import Finding, Verdict, name_of
+from draf_dist.continual.verdict import Finding, Verdict, counted, name_of
 from draf_dist.evaluation.plots import even_ticks
 from draf_dist.evaluation.report import interval, number, signed
 from draf_dist.storage import Store
@@ -58,7 +59,7 @@ def render(verdict: Verdict) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "interval": interval, "signed": signed, "name": name_of}
+    environment.filters |= {"number": number, "interval": interval, "signed": signed, "name": name_of, "counted": counted}
     rows = list(zip(verdict.comparison.slices, verdict.findings, strict=True))
     return environment.get_template(TEMPLATE).render(
         v=verdict,
@@ -94,9 +95,9 @@ def forest(rows: list[tuple[Slice, Finding]]) -> Forest:
             y=TOP + ROW * (row + 0.5),
             colour=COLOURS[finding.state],
             margin=pixel(part.margin),
-            low=None if part.lower is None else pixel(part.lower),
+            low=_end(part, part.lower, LEFT, pixel),
             x=None if part.harm is None else pixel(part.harm),
-            high=None if part.upper is None else pixel(part.upper),
+            high=_end(part, part.upper, LEFT + WIDTH, pixel),
         )
         for row, (part, finding) in enumerate(rows)
     )
@@ -111,3 +112,10 @@ def forest(rows: list[tuple[Slice, Finding]]) -> Forest:
         width=LEFT + WIDTH + 20,
         height=TOP + ROW * len(rows) + BOTTOM,
     )
+
+
+def _end(part: Slice, bound: float | None, edge: float, pixel: Callable[[float], float]) -> float | None:
+    """Where a line ends: at the edge of the plot where nothing bounds the harm, nowhere where there is no line."""
+    if part.lower is None and part.upper is None:
+        return None
+    return edge if bound is None else pixel(bound)

@@ -19,7 +19,7 @@ from draf_dist.data.parent import unversioned
 from draf_dist.data.parts import Counts, count
 from draf_dist.data.prepare import QUARANTINE_LIMIT
 from draf_dist.data.publish import OvertakenError, move_head, refuse_if_overtaken, write_release
-from draf_dist.data.release import Release, load_release
+from draf_dist.data.release import Release, load_release, open_release, read_head
 from draf_dist.data.training_sums import training_sums
 from draf_dist.errors import GateError, SpecError, explain
 from draf_dist.schema.delivery import Delivery
@@ -92,7 +92,7 @@ def ingest(
     """Adds a sealed delivery to the newest release of a data set, as a child release that becomes the newest.
 
     The same delivery a second time changes nothing. Studies that the release has with the same content are skipped, those that it
-    has with other content are quarantined. A delivery without anything new makes no release.
+    has with other content are quarantined. A delivery without anything new is recorded: the child has its parent's shards alone.
 
     Args:
         source: the card's source of the delivery's folder.
@@ -111,8 +111,10 @@ def ingest(
         StorageFullError, UnreachableError: no room in the store or on the temporary disk; no answer, or refused.
     """
     received = _received(source, delivery_dir, release_url, subject_key, limit)
-    if (there := _already_there(received, received.base())) is not None:
+    if (there := _already_there(received)) is not None:
         return there
+    _check_sites(received)
+    received.base()
     on_state("received")
     check_files(delivery_dir, received.delivery)
     on_state("verified")
@@ -121,11 +123,9 @@ def ingest(
         for _ in range(MAX_ATTEMPTS):
             base = received.base()
             # Another process may have taken in the same delivery meanwhile.
-            if (there := _already_there(received, base)) is not None:
+            if (there := _in_release(received, base.release)) is not None:
                 return there
             added = _addition(received, base, spool, found, on_state)
-            if not added.rows:
-                return _ingested(base.release, "nothing new", added)
             packing = Packing(received.store, spool, folder, base.schema, shard_size_bytes)
             try:
                 return _publish(packing, added, on_progress, on_state)
@@ -150,41 +150,52 @@ def inspect_delivery(
     The verdict is what `ingest` would say; the release is the newest one as it is now.
     """
     received = _received(source, delivery_dir, release_url, subject_key, limit)
-    base = received.base()
-    if (there := _already_there(received, base)) is not None:
+    if (there := _already_there(received)) is not None:
         return there
+    _check_sites(received)
+    base = received.base()
     check_files(delivery_dir, received.delivery)
     with gathered(source, subject_key, limit, on_progress) as (_, spool, found):
         added = _addition(received, base, spool, found, lambda state: None)
-    return _ingested(base.release, "ingested" if added.rows else "nothing new", added)
+    return _ingested(base.release, added)
 
 
 def _received(source: Source, delivery_dir: Path, release_url: str, subject_key: bytes, limit: float) -> _Received:
     url = unversioned(release_url)
     delivery = read_delivery(delivery_dir)
-    if delivery.sites and set(delivery.sites) != set(source.schema.sites):
-        expected = f"the sites of delivery {delivery.delivery_id}: {', '.join(sorted(delivery.sites))}"
-        found = ", ".join(sorted(source.schema.sites))
-        raise SpecError(explain(f"card {source.name}", expected=expected, found=found, remedy="Use the card of this delivery."))
     store = open_store(url, must_exist=True)
     return _Received(source, delivery, delivery_sha256(delivery), store, url, subject_key, limit)
 
 
-def _already_there(received: _Received, base: Base) -> Ingested | None:
+def _check_sites(received: _Received) -> None:
+    delivery, source = received.delivery, received.source
+    if delivery.sites and set(delivery.sites) != set(source.schema.sites):
+        expected = f"the sites of delivery {delivery.delivery_id}: {', '.join(sorted(delivery.sites))}"
+        found = ", ".join(sorted(source.schema.sites))
+        remedy = "Use a card that has these sites; docs/deliveries.md says how."
+        raise SpecError(explain(f"card {source.name}", expected=expected, found=found, remedy=remedy))
+
+
+def _already_there(received: _Received) -> Ingested | None:
+    """As _in_release, of the newest release; the card is not asked. None if there is no release yet."""
+    return None if read_head(received.store) is None else _in_release(received, open_release(received.url))
+
+
+def _in_release(received: _Received, release: Release) -> Ingested | None:
     """The answer for a delivery that the release has.
 
     Raises:
         GateError: it has another one of this id, or lacks the one that must come before.
     """
-    taken_in = {record.delivery_id: record for record in base.release.manifest.deliveries}
+    taken_in = {record.delivery_id: record for record in release.manifest.deliveries}
     record = taken_in.get(received.delivery.delivery_id)
     if record is not None and record.sha256 == received.sha256:
         nothing = Quarantine(num_studies=0, limit=received.limit, reasons={}, studies=(), out_of_range={})
-        return Ingested(base.release, "already there", record, count(base.schema, {}), nothing)
+        return Ingested(release, "already there", record, count(release.schema, {}), nothing)
     if record is not None:
         raise GateError(
             explain(
-                f"{base.release.pinned_url}: {received.where}",
+                f"{release.pinned_url}: {received.where}",
                 expected=f"delivery.json with sha256 {record.sha256[:16]}..., as it was taken in",
                 found=f"{received.sha256[:16]}...: other bytes under the same id",
                 remedy="Ask the sender which one is right; what is new comes under an id of its own.",
@@ -215,7 +226,7 @@ def _addition(received: _Received, base: Base, spool: Spool, found: Gathered, on
         num_duplicates=len(known.same),
         num_quarantined=len(rejections),
     )
-    return Addition(base, rows, splits, record, kept.quarantine(received.limit))
+    return Addition(base if rows else base.without_new_sites(), rows, splits, record, kept.quarantine(received.limit))
 
 
 def _rejection(row: Row, reason: str) -> Rejection:
@@ -235,8 +246,9 @@ def _publish(packing: Packing, added: Addition, on_progress: Progress, on_state:
     on_state("committed")
     move_head(store, manifest.version, base.parent)
     on_state("published")
-    return _ingested(load_release(base.release.url, store, manifest.version), "ingested", added)
+    return _ingested(load_release(base.release.url, store, manifest.version), added)
 
 
-def _ingested(release: Release, verdict: Verdict, added: Addition) -> Ingested:
+def _ingested(release: Release, added: Addition) -> Ingested:
+    verdict: Verdict = "ingested" if added.rows else "nothing new"
     return Ingested(release, verdict, added.record, added.counts, added.quarantine)

@@ -13,11 +13,12 @@ class GatePolicy(Spec):
     """Margins, levels and demands of one comparison; harm = NLL(challenger) - NLL(champion), in nats a study.
 
     overall_margin, site_margin: harm up to which a challenger still counts as no worse, over all studies and at one site.
-    confidence: 1 - alpha; wrongly promoting and wrongly naming a harmed site each happen with probability alpha at most, however
-    many sites there are. power: what the number of subjects needed is worked out for. min_subjects: a slice with fewer decides
-    nothing. require: whether being no worse is enough. sites: those that must be shown no worse, None for every one; the others
-    may only not be harmed. split: of the holdout release. replicates: resamples of subjects. passes, seed: Monte-Carlo passes
-    and noise of both models.
+    confidence: 1 - alpha, the nominal level of promoting wrongly and of naming a harmed site wrongly, however many sites there
+    are. It holds for harm that the holdout shows: harm to fewer than about 3 / n of the subjects may be absent from n of them, and
+    no bound knows of it. power: what the number of subjects needed is worked out for, of each slice by itself. min_subjects: a
+    slice with fewer decides nothing; 3 / (share of subjects in the rarest harm that matters). require: whether being no worse is
+    enough. sites: those that must be shown no worse, None for every one; the others may only not be harmed. split: of the holdout
+    release. replicates: resamples of subjects. passes, seed: Monte-Carlo passes and noise of both models.
     """
 
     kind: Literal["gate"] = "gate"

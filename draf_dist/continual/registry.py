@@ -9,20 +9,20 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from draf_dist.continual.serve import check_weights, temperature_of, weights_in
+from draf_dist.continual.serve import check_model, model_sha256, temperature_of
 from draf_dist.continual.verdict import Verdict
 from draf_dist.continual.version import CHALLENGER, CHAMPION, ModelVersion
 from draf_dist.errors import DrafError, GateError, SpecError, UnreachableError, explain
 from draf_dist.evaluation.evaluate import open_subject
 from draf_dist.schema.modality import Record
-from draf_dist.training.run_folder import open_run
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as Stored
@@ -41,13 +41,18 @@ LIMIT = 1000
 
 
 class Move(Record):
-    """One entry of a model's history: who became champion after whom, when (UTC) and why."""
+    """One entry of a model's history: who became champion after whom, when (UTC) and why.
+
+    policy, holdout: of the verdict that a promotion rests on, eight hex digits and URL@version; "" without one.
+    """
 
     action: Literal["promote", "rollback"]
     version: int
     previous: int | None
     time: str
     reason: str
+    policy: str = ""
+    holdout: str = ""
 
 
 class Registry:
@@ -68,10 +73,11 @@ class Registry:
         self.path = Path(url.removeprefix(PREFIX)).expanduser().absolute()
 
     def register(self, name: str, run_url: str) -> ModelVersion:
-        """Makes a finished fine-tuning run a version of the model, and the challenger unless it is the champion.
+        """Makes a finished fine-tuning run a version of the model; a new version becomes the challenger.
 
-        The same weights of the same run are one version, however often they are registered. Fits the temperature on the
-        validation split of the release that the run was trained on. Makes the registry and the model where there is none.
+        The same model of the same run is one version, however often it is registered; registering it again changes nothing. Fits
+        the temperature on the validation split of the release that the run was trained on. Makes the registry and the model where
+        there is none.
 
         Raises:
             SpecError: a name that can't be one, no such run, or one that is not finished.
@@ -82,20 +88,20 @@ class Registry:
             raise SpecError(explain("model name", expected="lower-case letters, digits, - and _", found=repr(name), remedy=remedy))
         subject = open_subject(run_url, None)
         # Before the lock: it reads a whole split.
-        temperature = temperature_of(subject).value
+        temperature, description = temperature_of(subject).value, model_sha256(subject.run)
         with self._changing():
             if not self._client.search_registered_models(filter_string=f"name = '{name}'"):
                 self._client.create_registered_model(name)
-            number = self._number_of(name, subject.run.url, subject.weights_sha256)
+            number = self._number_of(name, subject.run.url, description)
             if number is None:
                 tags = {
                     "draf.weights_sha256": subject.weights_sha256,
+                    "draf.model_sha256": description,
                     "draf.job_sha256": subject.job.sha256,
                     "draf.release": subject.job.release,
                     "draf.temperature": repr(temperature),
                 }
                 number = int(self._client.create_model_version(name, subject.run.url, tags=tags, await_creation_for=0).version)
-            if CHAMPION not in self.version(name, number).aliases:
                 self._client.set_registered_model_alias(name, CHALLENGER, str(number))
             return self.version(name, number)
 
@@ -133,25 +139,20 @@ class Registry:
             return _history(self._model(name))
 
     def record_verdict(self, name: str, version: int, verdict: Verdict) -> ModelVersion:
-        """Keeps what the gate found of a version; a later verdict takes its place.
+        """Keeps what the gate found of a version, after what it found before; the newest decides. The newest again changes nothing.
 
         Raises:
             GateError: the verdict is on other weights.
         """
-        with self._changing():
+        with self._reading(), self._changing():
             about = self.version(name, version)
             judged = verdict.lineage.challenger.weights_sha256 if verdict.lineage else "none"
             if judged != about.weights_sha256:
                 where, expected = f"{name} version {version}", f"a verdict on its weights, sha256 {about.weights_sha256[:12]}"
                 remedy = "Judge this version's run as the challenger."
                 raise GateError(explain(where, expected=expected, found=f"one on {judged[:12]}", remedy=remedy))
-            text = verdict.model_dump_json()
-            parts = [text[start : start + TAG_LENGTH] for start in range(0, len(text), TAG_LENGTH)]
-            for number, part in enumerate(parts):
-                self._client.set_model_version_tag(name, str(version), f"{VERDICT}{number:03d}", part)
-            for key in self._client.get_model_version(name, str(version)).tags:
-                if key.startswith(VERDICT) and int(key.removeprefix(VERDICT)) >= len(parts):
-                    self._client.delete_model_version_tag(name, str(version), key)
+            if about.verdict != verdict:
+                self._append_verdict(name, str(version), verdict.model_dump_json())
             return self.version(name, version)
 
     def promote(self, name: str, version: int, reason: str = "") -> ModelVersion:
@@ -160,14 +161,15 @@ class Registry:
         The first champion of a model needs no verdict: there is nothing to compare it with.
 
         Raises:
-            GateError: no verdict `promote` on it against the champion of this moment, or its run folder holds other weights.
+            GateError: no verdict `promote` on it against the champion of this moment, or its run folder holds another model.
         """
-        with self._changing():
+        with self._reading(), self._changing():
             candidate, current = self.promotable(name, version)
             if current is not None and current.version == version:
                 return candidate
             previous = None if current is None else current.version
-            self._append(name, "promote", version, previous, reason or ("verdict promote" if current else "first champion"))
+            reason = reason or ("verdict promote" if current else "first champion")
+            self._append(name, "promote", version, previous, reason, candidate.verdict if current else None)
             if CHALLENGER in candidate.aliases:
                 self._client.delete_registered_model_alias(name, CHALLENGER)
             return self.version(name, version)
@@ -177,7 +179,7 @@ class Registry:
         candidate, current = self.version(name, version), self.champion(name)
         if current is None or current.version != version:
             _check_verdict(candidate, current)
-            check_weights(candidate, weights_in(open_run(candidate.run_url)))
+            check_model(candidate)
         return candidate, current
 
     def rollback(self, name: str, reason: str = "") -> ModelVersion:
@@ -186,9 +188,9 @@ class Registry:
         What was rolled back can be promoted again: the verdict on it was against the version that is champion now.
 
         Raises:
-            GateError: there is no earlier champion, or its run folder holds other weights.
+            GateError: there is no earlier champion, or its run folder holds another model.
         """
-        with self._changing():
+        with self._reading(), self._changing():
             back, current = self.rollback_target(name)
             self._append(name, "rollback", back.version, current, reason or "asked for")
             return self.version(name, back.version)
@@ -201,20 +203,38 @@ class Registry:
             found = "none" if not line else f"version {line[0]} alone"
             raise GateError(explain(f"model {name}", expected="an earlier champion to return to", found=found, remedy=remedy))
         back = self.version(name, line[-2])
-        check_weights(back, weights_in(open_run(back.run_url)))
+        check_model(back)
         return back, line[-1]
 
-    def _append(self, name: str, action: Literal["promote", "rollback"], version: int, previous: int | None, reason: str) -> None:
+    def _append_verdict(self, name: str, version: str, text: str) -> None:
+        """The first part last: without it, after a kill, the others count for nothing."""
+        taken = [key for key in self._client.get_model_version(name, version).tags if key.startswith(VERDICT)]
+        number = 1 + max((int(key.removeprefix(VERDICT).partition(".")[0]) for key in taken), default=-1)
+        parts = [text[start : start + TAG_LENGTH] for start in range(0, len(text), TAG_LENGTH)]
+        for index in reversed(range(len(parts))):
+            self._client.set_model_version_tag(name, version, f"{VERDICT}{number:04d}.{index:03d}", parts[index])
+
+    def _append(
+        self,
+        name: str,
+        action: Literal["promote", "rollback"],
+        version: int,
+        previous: int | None,
+        reason: str,
+        verdict: Verdict | None = None,
+    ) -> None:
         """The history first: if this process dies between the two, the next one mends the alias."""
         time = datetime.now(UTC).isoformat(timespec="seconds")
         move = Move(action=action, version=version, previous=previous, time=time, reason=reason)
+        if verdict is not None and verdict.lineage is not None:
+            move = move.model_copy(update={"policy": verdict.policy_fingerprint, "holdout": verdict.lineage.holdout})
         key = f"{HISTORY}{len(self.history(name)):06d}"
         self._client.set_registered_model_tag(name, key, move.model_dump_json())
         self._client.set_registered_model_alias(name, CHAMPION, str(version))
 
-    def _number_of(self, name: str, run_url: str, weights_sha256: str) -> int | None:
-        """The version that these weights of this run are already."""
-        same = [each for each in self.versions(name) if (each.run_url, each.weights_sha256) == (run_url, weights_sha256)]
+    def _number_of(self, name: str, run_url: str, description: str) -> int | None:
+        """The version that this model of this run is already."""
+        same = [each for each in self.versions(name) if (each.run_url, each.model_sha256) == (run_url, description)]
         return same[0].version if same else None
 
     def _model(self, name: str) -> "RegisteredModel":
@@ -241,7 +261,7 @@ class Registry:
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """Refuses a file that is no registry before MLflow would make one of it."""
-        if not self.path.exists():
+        if not self.path.exists() or (self.path.is_file() and self.path.stat().st_size == 0):
             remedy = f"draf models register makes one; or name another with --registry or {ENVIRONMENT}."
             raise SpecError(explain(str(self.path), expected="a registry", found="nothing", remedy=remedy))
         with self._explained():
@@ -294,7 +314,7 @@ def _history(model: "RegisteredModel") -> list[Move]:
 
 def _version(stored: "Stored", model: "RegisteredModel") -> ModelVersion:
     number, tags = int(stored.version), stored.tags
-    verdict = "".join(tags[key] for key in sorted(tags) if key.startswith(VERDICT))
+    *earlier, verdict = _verdicts(tags) or [None]
     aliases = [CHAMPION] if _line_of_champions(_history(model))[-1:] == [number] else []
     aliases += [CHALLENGER] if model.aliases.get(CHALLENGER) in (number, str(number)) else []
     return ModelVersion(
@@ -305,9 +325,22 @@ def _version(stored: "Stored", model: "RegisteredModel") -> ModelVersion:
         job_sha256=tags["draf.job_sha256"],
         release=tags["draf.release"],
         temperature=float(tags["draf.temperature"]),
-        verdict=Verdict.model_validate_json(verdict) if verdict else None,
+        verdict=verdict,
         aliases=tuple(aliases),
+        model_sha256=tags.get("draf.model_sha256", ""),
+        earlier_verdicts=tuple(each for each in earlier if each is not None),
     )
+
+
+def _verdicts(tags: Mapping[str, str]) -> list[Verdict | None]:
+    """Oldest first; of draf.verdict.NUMBER.PART, those whose first part, which was written last, is there."""
+    parts = sorted(key for key in tags if key.startswith(VERDICT))
+    whole = ("".join(tags[key] for key in keys) for keys in _grouped(parts) if keys[0].endswith(".000"))
+    return [Verdict.model_validate_json(text) for text in whole]
+
+
+def _grouped(keys: list[str]) -> list[list[str]]:
+    return [list(group) for _, group in groupby(keys, key=lambda key: key.rpartition(".")[0])]
 
 
 def _line_of_champions(history: list[Move]) -> list[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 from rich.console import Console
 
-from draf_dist.continual.gate import run_gate
+from draf_dist.continual.gate import check_never_trained_on, run_gate
 from draf_dist.continual.gate_report import VERDICT, write_verdict
 from draf_dist.continual.policy import GatePolicy
 from draf_dist.continual.registry import Registry
@@ -20,6 +20,7 @@ from draf_dist.continual.version import ModelVersion
 from draf_dist.data.release import Release, lineage, open_release, split_version
 from draf_dist.data.replay import num_training, parts_since
 from draf_dist.errors import DataError, GateError, SpecError, explain
+from draf_dist.evaluation.evaluate import open_subject
 from draf_dist.launch.profile import Profile
 from draf_dist.launch.train import train_with
 from draf_dist.storage import Store, open_store
@@ -56,14 +57,22 @@ def plan_retraining(job: RetrainJob, out: str | None = None) -> Retraining | Non
     Of a data set without a version the newest is taken, unless a retraining of this champion has begun on an earlier one and was
     not judged: then that one goes on. out: URL of the run folder, runs/<name>-<8 hex> if None.
 
+    Whatever the gate would refuse afterwards for certain is refused here, before anything is trained.
+
     Raises:
-        SpecError: no such model or release, no champion, or a release that does not descend from the champion's.
+        SpecError: no such model or release, no champion, or a release that does not descend from the champion's; a site of the
+            policy that the release does not have, or a split of it without studies.
+        GateError: a subject of the holdout was trained or validated on by the champion, or by a run that it started from.
     """
     champion = Registry(job.registry).champion(job.model)
     if champion is None:
         remedy = f"Register a finished run and promote it: draf models register RUN --model {job.model}; draf models promote ..."
         raise SpecError(explain(f"model {job.model}", expected="a champion to go on from", found="none", remedy=remedy))
-    return _retraining(job, champion, _release_of(job, champion, out), out)
+    release = _release_of(job, champion, out)
+    plan = _retraining(job, champion, release, out)
+    if plan is not None:
+        _check_can_be_judged(champion, release, job.policy)
+    return plan
 
 
 def retrain(job: RetrainJob, out: str | None, profile: Profile, console: Console) -> Retrained | None:
@@ -100,8 +109,8 @@ def check_promotes(version: ModelVersion, verdict: Verdict) -> None:
     else:
         still_open = [name_of(finding.site) for finding in verdict.findings if finding.state == "open" and finding.demanded]
         why = f"open at {', '.join(still_open)}" if still_open else "no improvement is shown"
-        needed = "more" if verdict.subjects_needed is None else f"about {verdict.subjects_needed}"
-        found = f"cannot tell: {why}; {needed} holdout subjects would decide"
+        would = "" if verdict.subjects_needed is None else f"; holdout subjects that would do: {verdict.needed}"
+        found = f"cannot tell: {why}{would}"
         remedy = "Ingest more deliveries, or set the policy anew before the next retraining."
     where = f"{version.name} version {version.version}"
     raise GateError(explain(where, expected="a verdict to promote", found=found, remedy=remedy))
@@ -118,6 +127,18 @@ def check_never_rolled_back(registry: Registry, version: ModelVersion) -> None:
         where, found = f"{version.name} version {version.version}", f"one that was rolled back ({taken_back[-1].reason})"
         remedy = f"Promote it by hand: draf models promote {version.name} --version {version.version}"
         raise GateError(explain(where, expected="a version that nobody took back", found=found, remedy=remedy))
+
+
+def _check_can_be_judged(champion: ModelVersion, release: Release, policy: GatePolicy) -> None:
+    """Opens what the gate will open, and holds the policy and the champion against the holdout."""
+    if unknown := sorted(set(policy.sites or ()) - set(release.schema.sites)):
+        expected, remedy = f"sites of {release.pinned_url}", f"There are: {', '.join(release.schema.sites)}."
+        raise SpecError(explain("policy.sites", expected=expected, found=", ".join(unknown), remedy=remedy))
+    if sum(shard.num_samples for shard in release.shards(policy.split)) == 0:
+        expected, remedy = f"studies in that split of {release.pinned_url}", "Choose another split, or deliver such studies first."
+        raise SpecError(explain(f"policy.split: {policy.split}", expected=expected, found="none", remedy=remedy))
+    run = open_subject(champion.run_url, release.pinned_url).run
+    check_never_trained_on({"champion": run}, release, policy.split)
 
 
 def _retraining(job: RetrainJob, champion: ModelVersion, release: Release, out: str | None) -> Retraining | None:

@@ -1,4 +1,4 @@
-"""Predictions of a registered model, the same for ever: weights checked against the registry, one noise, one temperature."""
+"""Predictions of a registered model, the same for ever: files checked against the registry, one noise, one temperature."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,9 +14,10 @@ from draf_dist.evaluation.evaluate import Subject, read_exported
 from draf_dist.evaluation.predict import Predictor, check_coverage
 from draf_dist.evaluation.predictions import Predictions
 from draf_dist.metrics.temperature import Temperature, fit_temperature, scale
-from draf_dist.models.export import ExportedModel
+from draf_dist.models.exchange import digest
+from draf_dist.models.export import DESCRIPTION, ExportedModel
 from draf_dist.schema.release import Split
-from draf_dist.training.run_folder import RunFolder, open_run
+from draf_dist.training.run_folder import MODEL, RunFolder, open_run
 from draf_dist.training.validate import EVALUATION_SEED
 
 Progress = Callable[[str, int, int], None]
@@ -43,39 +44,47 @@ def predict(
 
     Raises:
         SpecError: no run, release, or study in the split.
-        GateError: the weights in the run folder are not those that were registered.
+        GateError: the model in the run folder is not the one that was registered.
         DataError: damaged files, or a release that the model can't read.
     """
     on_progress("open", 0, 2)
-    run = open_run(version.run_url)
-    exported, weights_sha256 = read_exported(run)
-    check_weights(version, weights_sha256)
+    exported = check_model(version)
     release = open_release(release_url)
     exported.check_schema(release.schema, where=release.pinned_url)
     on_progress("predict", 1, 2)
     return scaled(predict_split(exported, release, split, SERVED), version.temperature)
 
 
-def check_weights(version: ModelVersion, weights_sha256: str) -> None:
-    """Refuses weights that are not those of the version.
+def check_model(version: ModelVersion) -> ExportedModel:
+    """The model in a version's run folder, if it is still the one that was registered: weights, settings, statistics.
 
     Raises:
-        GateError: they differ.
+        SpecError, DataError: as `read_exported`.
+        GateError: it is another.
     """
-    if weights_sha256 != version.weights_sha256:
+    run = open_run(version.run_url)
+    exported, weights_sha256 = read_exported(run)
+    _check_same(version, "weights that were", version.weights_sha256, weights_sha256)
+    _check_same(version, "model.json that was", version.model_sha256, model_sha256(run))
+    return exported
+
+
+def model_sha256(run: RunFolder) -> str:
+    """The sha256 of model.json, which holds the settings and the digests of weights and statistics."""
+    return digest(run.store.read(f"{MODEL}/{DESCRIPTION}"))
+
+
+def _check_same(version: ModelVersion, what: str, registered: str, found: str) -> None:
+    where = f"{version.name} version {version.version}"
+    if not registered:
+        remedy = "Register the run again: it becomes a version of its own."
         raise GateError(
-            explain(
-                f"{version.name} version {version.version}",
-                expected=f"the weights that were registered, sha256 {version.weights_sha256[:12]}",
-                found=f"{weights_sha256[:12]} in its run folder",
-                remedy="The run was trained again: restore it from a copy, or register the new weights as a version of their own.",
-            )
+            explain(where, expected=f"the sha256 of the {what} registered", found="none in the registry", remedy=remedy)
         )
-
-
-def weights_in(run: RunFolder) -> str:
-    """The sha256 of the weights that lie in a run folder now; raises as `read_exported`."""
-    return read_exported(run)[1]
+    if found != registered:
+        expected = f"the {what} registered, sha256 {registered[:12]}"
+        remedy = "The run folder was changed: restore it from a copy, or register what it holds now as a version of its own."
+        raise GateError(explain(where, expected=expected, found=f"{found[:12]} in its run folder", remedy=remedy))
 
 
 def predict_split(exported: ExportedModel, release: Release, split: Split, noise: Noise) -> Predictions:

@@ -1,8 +1,10 @@
 """From a comparison to a verdict: promote, refuse, or cannot tell. Pure, so that every decision is tested without a model."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
+from draf_dist.config.spec import fingerprint
 from draf_dist.continual.comparison import Comparison, Slice
 from draf_dist.continual.policy import GatePolicy
 from draf_dist.continual.power import subjects_needed
@@ -51,9 +53,10 @@ class Lineage(Record):
 class Verdict(Record):
     """decision, and what it rests on.
 
-    sites: those harmed if refused, those still open if it cannot tell. subjects_needed: holdout subjects of the open site that
-    needs most, of all studies where no site alone is open. reasons: sentences for people. improvement: the slice that shows one,
-    "overall" or a new site; "" where none does.
+    sites: those harmed if refused, those still open if it cannot tell. subjects_needed: holdout subjects of the slice that needs
+    most, of all slices open and the one nearest to a required improvement; null where an open slice can't be settled by any number.
+    needed_at: that slice, "overall" or a site; "" without a number. reasons: sentences for people. improvement: the slice that
+    shows one, "overall" or a new site; "" where none does.
     """
 
     decision: Decision
@@ -61,10 +64,29 @@ class Verdict(Record):
     subjects_needed: int | None
     reasons: tuple[str, ...]
     improvement: str
+    needed_at: str = ""
     findings: tuple[Finding, ...]
     comparison: Comparison
     policy: GatePolicy
     lineage: Lineage | None = None
+
+    @property
+    def policy_fingerprint(self) -> str:
+        """Eight hex digits that tell policies apart."""
+        return fingerprint(self.policy)[:8]
+
+    @property
+    def needed(self) -> str:
+        """The number of subjects with where they are needed: "619 at site south", "1200 in all"; "" without a number."""
+        return "" if self.subjects_needed is None else counted(self.subjects_needed, self.needed_at)
+
+
+@dataclass(frozen=True)
+class _Need:
+    """So many holdout subjects of one slice."""
+
+    number: int
+    site: str | None
 
 
 def judge(comparison: Comparison, policy: GatePolicy) -> Verdict:
@@ -82,16 +104,16 @@ def judge(comparison: Comparison, policy: GatePolicy) -> Verdict:
     findings = [_find(part, comparison, policy) for part in comparison.slices]
     improvement = _improvement(comparison, policy)
     decision, named = _decide(findings, policy, improvement)
-    needed = [finding.needed for finding in _sites_first(named) if finding.needed is not None]
     reasons = [_sentence(part, finding, comparison, policy) for part, finding in zip(comparison.slices, findings, strict=True)]
     lacking = None
     if policy.require == "improvement" and decision != "refuse" and not improvement:
         lacking = _subjects_for_improvement(comparison, policy)
-        needed += [] if lacking is None else [lacking]
+    most = _most_needed(named, lacking)
     return Verdict(
         decision=decision,
         sites=tuple(finding.site for finding in named if finding.site is not None),
-        subjects_needed=max(needed, default=None),
+        subjects_needed=None if most is None else most.number,
+        needed_at="" if most is None else name_of(most.site),
         reasons=(*reasons, *([] if decision == "refuse" else _improvement_sentences(policy, improvement, lacking))),
         improvement=improvement,
         findings=tuple(findings),
@@ -103,6 +125,11 @@ def judge(comparison: Comparison, policy: GatePolicy) -> Verdict:
 def name_of(site: str | None) -> str:
     """A slice, in words."""
     return "overall" if site is None else site
+
+
+def counted(number: int, slice_name: str) -> str:
+    """So many subjects, and where: all of the holdout, or of one site."""
+    return f"{number} in all" if slice_name == name_of(None) else f"{number} at site {slice_name}"
 
 
 def _check_sites(comparison: Comparison, policy: GatePolicy) -> None:
@@ -122,9 +149,13 @@ def _decide(findings: Sequence[Finding], policy: GatePolicy, improvement: str) -
     return ("promote" if improvement or policy.require == "non_inferior" else "cannot_tell"), []
 
 
-def _sites_first(findings: list[Finding]) -> list[Finding]:
-    """The sites among them; overall where there are none, since subjects of a site count there too."""
-    return [finding for finding in findings if finding.site is not None] or findings
+def _most_needed(named: Iterable[Finding], lacking: _Need | None) -> _Need | None:
+    """The largest of all numbers; None where one of the slices can't be settled by any."""
+    still_open = [finding for finding in named if finding.state == "open"]
+    if any(finding.needed is None for finding in still_open):
+        return None
+    needs = [_Need(finding.needed, finding.site) for finding in still_open if finding.needed is not None]
+    return max([*needs, *([] if lacking is None else [lacking])], key=lambda need: need.number, default=None)
 
 
 def _find(part: Slice, comparison: Comparison, policy: GatePolicy) -> Finding:
@@ -138,11 +169,11 @@ def _find(part: Slice, comparison: Comparison, policy: GatePolicy) -> Finding:
 
 
 def _state(part: Slice, policy: GatePolicy) -> State:
-    if part.num_subjects < policy.min_subjects or part.lower is None or part.upper is None:
+    if part.num_subjects < policy.min_subjects:
         return "open"
-    if part.lower > part.margin:
+    if part.lower is not None and part.lower > part.margin:
         return "harmed"
-    return "non_inferior" if part.upper <= part.margin else "open"
+    return "non_inferior" if part.upper is not None and part.upper <= part.margin else "open"
 
 
 def _subjects_to_decide(part: Slice, comparison: Comparison, policy: GatePolicy) -> tuple[int | None, str]:
@@ -159,32 +190,38 @@ def _subjects_to_decide(part: Slice, comparison: Comparison, policy: GatePolicy)
     return None if loud is None else max(loud, part.num_subjects + 1), AS_SEEN
 
 
-def _candidates(comparison: Comparison, policy: GatePolicy) -> Iterable[Slice]:
-    """The slices that may show an improvement."""
-    return (
-        part
-        for part in comparison.slices
-        if (part.site is None or part.is_new) and part.num_subjects >= policy.min_subjects and part.sd is not None
-    )
+def _candidates(comparison: Comparison) -> Iterable[Slice]:
+    """The slices that may show an improvement once they have enough subjects."""
+    return (part for part in comparison.slices if part.site is None or part.is_new)
 
 
 def _improvement(comparison: Comparison, policy: GatePolicy) -> str:
-    shown = [part for part in _candidates(comparison, policy) if part.upper_shared is not None and part.upper_shared < 0]
+    enough = (part for part in _candidates(comparison) if part.num_subjects >= policy.min_subjects)
+    shown = [part for part in enough if part.upper_shared is not None and part.upper_shared < 0]
     return name_of(shown[0].site) if shown else ""
 
 
-def _subjects_for_improvement(comparison: Comparison, policy: GatePolicy) -> int | None:
+def _subjects_for_improvement(comparison: Comparison, policy: GatePolicy) -> _Need | None:
     """Subjects in the slice nearest to it, if what was seen is true; None where no slice got better."""
-    alpha = policy.alpha / comparison.num_improvements
-    better = [part for part in _candidates(comparison, policy) if part.harm is not None and part.harm < 0]
-    numbers = [subjects_needed(part.sd or 0.0, -(part.harm or 0.0), alpha=alpha, power=policy.power) for part in better]
-    return min((max(number, policy.min_subjects) for number in numbers if number is not None), default=None)
+    better = [part for part in _candidates(comparison) if part.harm is not None and part.harm < 0]
+    numbers = ((part.site, _subjects_to_improve(part, comparison, policy)) for part in better)
+    return min((_Need(number, site) for site, number in numbers if number is not None), key=lambda need: need.number, default=None)
+
+
+def _subjects_to_improve(part: Slice, comparison: Comparison, policy: GatePolicy) -> int | None:
+    is_judged = part.num_subjects >= policy.min_subjects
+    # A slice that has too few subjects as yet will share the level with the others once it has enough.
+    alpha = policy.alpha / (comparison.num_improvements + (0 if is_judged else 1))
+    number = subjects_needed(part.sd or 0.0, -(part.harm or 0.0), alpha=alpha, power=policy.power)
+    return None if number is None else max(number, policy.min_subjects if not is_judged else part.num_subjects + 1)
 
 
 def _sentence(part: Slice, finding: Finding, comparison: Comparison, policy: GatePolicy) -> str:
     where, percent = name_of(part.site), f"{100 * policy.confidence:g} %"
     if part.harm is None:
-        return f"{where}: no holdout subject; {finding.needed} would be the least to judge by."
+        return (
+            f"{where}: no holdout subject; {counted(finding.needed or policy.min_subjects, where)} would be the least to judge by."
+        )
     what = f"{where}: NLL {part.harm:+.4f} nats on {part.num_subjects} subjects"
     if finding.state == "harmed":
         shared = f"{percent} over {comparison.num_tests} tests together" if comparison.num_tests > 1 else percent
@@ -194,16 +231,19 @@ def _sentence(part: Slice, finding: Finding, comparison: Comparison, policy: Gat
     if finding.state == "non_inferior":
         return f"{what}: worse by at most {part.upper:.4f} ({percent}), within the margin of {part.margin:g}."
     why = f"fewer than {policy.min_subjects} decide nothing" if part.num_subjects < policy.min_subjects else "not decided"
+    if part.upper is None:
+        why += ", and so few subjects differ that nothing bounds the harm"
     if finding.needed is None:
         return f"{what}: {why}; the harm seen is as large as the margin, so that no number of subjects is likely to settle it."
-    return f"{what}: {why}; {finding.needed} would do with power {policy.power:g}, assuming {finding.assumption}."
+    return f"{what}: {why}; {counted(finding.needed, where)} would do with power {policy.power:g}, assuming {finding.assumption}."
 
 
-def _improvement_sentences(policy: GatePolicy, improvement: str, lacking: int | None) -> tuple[str, ...]:
+def _improvement_sentences(policy: GatePolicy, improvement: str, lacking: _Need | None) -> tuple[str, ...]:
     if policy.require == "non_inferior":
         return ()
     if improvement:
         return (f"Improvement is shown: {improvement}.",)
     if lacking is None:
         return ("No improvement is shown, overall or at a new site, and none was seen: more subjects are not likely to show one.",)
-    return (f"No improvement is shown; {lacking} subjects would do with power {policy.power:g}, assuming {AS_SEEN}.",)
+    needed = counted(lacking.number, name_of(lacking.site))
+    return (f"No improvement is shown; subjects needed: {needed}, with power {policy.power:g}, assuming {AS_SEEN}.",)

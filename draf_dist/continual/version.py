@@ -12,7 +12,8 @@ class ModelVersion:
     """A finished fine-tuning run under a name and a number.
 
     run_url: of its folder, absolute for local ones. release: that it was trained on, URL@version. temperature: that its predictions
-    are served at. verdict: the last one on it, None before any. aliases: among champion and challenger.
+    are served at. verdict: the newest one on it, which decides; None before any. aliases: among champion and challenger.
+    model_sha256: of model.json; "" where the registry has none. earlier_verdicts: those before the newest, oldest first.
     """
 
     name: str
@@ -24,3 +25,10 @@ class ModelVersion:
     temperature: float
     verdict: Verdict | None
     aliases: tuple[str, ...]
+    model_sha256: str = ""
+    earlier_verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """All of them, oldest first."""
+        return self.earlier_verdicts if self.verdict is None else (*self.earlier_verdicts, self.verdict)

@@ -152,6 +152,8 @@ def gather(source: Source, spool: Spool, *, subject_key: bytes, limit: float, on
     out_of_range.update({name: counts.out_of_range for name, counts in source.counts.variables.items() if counts.out_of_range})
     leaks.refuse()
     gathered = Gathered([rows[uid] for uid in sorted(rows)], rejections, out_of_range)
+    if not gathered.rows:
+        raise _unusable(gathered, source.name, limit)
     refuse_too_many(gathered, source.name, limit)
     return gathered
 
@@ -175,14 +177,17 @@ def _image_contents(study: Study, encoded: EncodedStudy, source: Source) -> dict
 
 
 def refuse_too_many(gathered: Gathered, name: str, limit: float) -> None:
-    """Raises DataError where no study is usable, or more than `limit` of them are not; tells the most frequent reasons."""
+    """Raises DataError where more than `limit` of the studies are unusable; tells the most frequent reasons."""
+    if len(gathered.rejections) > limit * gathered.num_studies:
+        raise _unusable(gathered, name, limit)
+
+
+def _unusable(gathered: Gathered, name: str, limit: float) -> DataError:
     num_bad, num_studies = len(gathered.rejections), gathered.num_studies
-    if gathered.rows and num_bad <= limit * num_studies:
-        return
     reasons = Counter(rejection.reason for rejection in gathered.rejections).most_common(LISTED_REASONS)
     first = {rejection.reason: rejection for rejection in reversed(gathered.rejections)}
     listed = "; ".join(f"{reason} {count} (first: {first[reason].where}: {first[reason].detail})" for reason, count in reasons)
-    raise DataError(
+    return DataError(
         explain(
             name,
             expected=f"at most {limit:.1%} of the studies unusable" if num_studies else "studies",

@@ -17,7 +17,7 @@ JOB, CLUSTER = "job.yaml", "cluster.yaml"
 # A RayJob's name may have 47 characters; a submission id has an attempt behind it.
 NAME_LENGTH = 40
 HASH_DIGITS = 8
-_HERE = ("127.0.0.1", "localhost", "::1")
+_HERE = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def is_local(url: str) -> bool:
 
 def is_this_machine(url: str) -> bool:
     """Whether a URL's host is this machine (or the near end of a tunnel)."""
-    return urlsplit(url).hostname in _HERE
+    return _HERE.fullmatch(urlsplit(url).hostname or "") is not None
 
 
 def _with_absolute(job: AnyJob) -> AnyJob:

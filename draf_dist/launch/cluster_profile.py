@@ -3,15 +3,18 @@
 import re
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from draf_dist.config.spec import Spec, model_of_kind, read_yaml, validate_spec
 from draf_dist.errors import SpecError, explain
 from draf_dist.launch.profile import PROFILES, OneProcessProfile, Profile, RayProfile
+from draf_dist.storage import has_credentials
 
 _IMAGE = re.compile(r"^[^\s@]+(?::(?!latest$)[\w][\w.-]{0,127}|@sha256:[0-9a-f]{64})$")
+_HOST_AND_PORT = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?::[0-9]{1,5})?"
+_HOST = re.compile(rf"{_HOST_AND_PORT}/*\Z")
+_DASHBOARD = re.compile(rf"https?://{_HOST_AND_PORT}(?:/[\w.~%/-]*)?\Z")
 _NAME = r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$"
 # What Kubernetes lets an object, a label's value and a label's key be called.
 _OBJECT = r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$"
@@ -141,12 +144,24 @@ class ClusterProfile(Spec):
     @field_validator("storage", "dashboard")
     @classmethod
     def _without_credentials(cls, url: str) -> str:
-        if "@" in urlsplit(url).netloc:
+        if has_credentials(url):
             # Not a ValueError: pydantic's own message would repeat the value.
             raise SpecError(
                 explain("cluster", expected="a URL without credentials", found="one with", remedy="Use the environment.")
             )
         return url.rstrip("/")
+
+    @field_validator("dashboard")
+    @classmethod
+    def _over_http(cls, url: str) -> str:
+        """Ray's client would import a scheme that it does not know, as a module of Python."""
+        if not _DASHBOARD.match(url):
+            # Not a ValueError: pydantic's own message would repeat the value, which may hold a password.
+            bare = _HOST.match(url)
+            remedy = f"Write http://{url}." if bare else "For example http://127.0.0.1:8265, the near end of a tunnel."
+            found = "no scheme" if bare else "another, or none"
+            raise SpecError(explain("dashboard", expected="an http:// or https:// URL with a host", found=found, remedy=remedy))
+        return url
 
     @model_validator(mode="after")
     def _fits(self) -> "ClusterProfile":

@@ -4,9 +4,10 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 import draf_dist
 from draf_dist.errors import SpecError, explain, together
@@ -31,21 +32,26 @@ _PIN = r"[^\s/@]+@(?:[0-9a-f]{16}|[0-9a-f]{64})(?![\w.:-])"
 _SECRETS = {
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
     "an AWS access key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-    "a token of GitHub, Hugging Face, Slack or Google": re.compile(
-        r"\b(?:gh[pousr]_[0-9A-Za-z]{36}|hf_[0-9A-Za-z]{30,}|xox[abprs]-[0-9A-Za-z-]{10,}|AIza[0-9A-Za-z_-]{35})\b"
+    "a token of a well-known service": re.compile(
+        r"\b(?:gh[pousr]_[0-9A-Za-z]{20,}|github_pat_[0-9A-Za-z_]{20,}|glpat-[\w-]{16,}|hf_[0-9A-Za-z]{30,}|"
+        r"xox[abprs]-[0-9A-Za-z-]{10,}|AIza[0-9A-Za-z_-]{35}|sk-ant-[\w-]{16,})"
     ),
     "a JSON web token": re.compile(r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\."),
-    "a signed URL": re.compile(r"[?&](?:X-Amz-Signature|X-Goog-Signature|sig|Signature)=\w", re.IGNORECASE),
+    "a signed URL": re.compile(
+        r"(?:\b(?:X-Amz-Signature|X-Amz-Security-Token|X-Goog-Signature|SharedAccessSignature|access_token)|[?&;](?:sig|Signature))"
+        r"=[\w%]",
+        re.IGNORECASE,
+    ),
     "a URL with credentials": re.compile(r"://(?!{PIN})[\w.~%+-]+(?::[^\s/@]*)?@\w".replace("{PIN}", _PIN)),
 }
 # Keys of a profile that name a secret of the platform are none themselves.
 _SECRET_KEY = re.compile(
-    r"^\s*(?!(?:auth_secret|storage_secret|image_pull_secret):)[\w.-]*(?:password|passwd|secret|token|api_?key|access_?key)[\w.-]*:\s*\S",
+    r"^\s*(?!(?:auth_secret|storage_secret|image_pull_secret):)[\w.-]*(?:password|passwd|passphrase|secret|token|api_?key|access_?key)[\w.-]*:\s*\S",
     re.IGNORECASE | re.MULTILINE,
 )
 # Variables whose values must not be repeated anywhere.
-_SECRET_VARIABLES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|SUBJECT_KEY")
-_SHORTEST_SECRET = 12
+_SECRET_VARIABLES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_KEY|SUBJECT_KEY", re.IGNORECASE)
+_SHORTEST_SECRET = 8
 
 
 @dataclass(frozen=True)
@@ -133,9 +139,22 @@ def _secrets_in(path: str, text: str, environment: Mapping[str, str]) -> Iterato
     yield from (what for what, pattern in _SECRETS.items() if pattern.search(text))
     if path.endswith((".yaml", ".yml")) and _SECRET_KEY.search(text):
         yield "a key that is named like a secret"
-    for name, value in environment.items():
-        if _SECRET_VARIABLES.search(name) and len(value) >= _SHORTEST_SECRET and value in text:
-            yield f"the value of ${name}"
+    yield from (what for what, value in _secrets_of(environment) if len(value) >= _SHORTEST_SECRET and _stands_in(text, value))
+
+
+def _secrets_of(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """What it is called, and the secret, of all that this shell knows."""
+    yield from ((f"the value of ${name}", value.strip()) for name, value in environment.items() if _SECRET_VARIABLES.search(name))
+    # The file is there also where a variable goes before it, or where this shell asks for no token.
+    others = {name: value for name, value in environment.items() if name not in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE")}
+    with suppress(SpecError):
+        if token := find_token(others):
+            yield "Ray's token", token
+
+
+def _stands_in(text: str, secret: str) -> bool:
+    """As it is, or as a URL has to write it."""
+    return secret in text or quote(secret, safe="") in text
 
 
 def _too_large(package: Package) -> SpecError:
@@ -149,3 +168,26 @@ def _too_large(package: Package) -> SpecError:
 def _refused(path: str, why: str) -> str:
     remedy = "Data lies in the object store, secrets in the platform's secret store: see docs/clusters.md."
     return explain(f"upload: {path}", expected="neither data nor secrets", found=why, remedy=remedy)
+
+
+def find_token(variables: Mapping[str, str]) -> str | None:
+    """The token where Ray itself looks for it: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token; None without one.
+
+    Read here because Ray reads it once per process, and only if RAY_AUTH_MODE was `token` when it was imported.
+
+    Raises:
+        SpecError: RAY_AUTH_TOKEN_PATH names no file.
+    """
+    if variables.get("RAY_AUTH_MODE", "token").lower() == "disabled":
+        return None
+    if token := variables.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    named = variables.get("RAY_AUTH_TOKEN_PATH", "")
+    path = Path(named or "~/.ray/auth_token").expanduser()
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        if not named:
+            return None
+        found = f"{named}, which can't be read"
+        raise SpecError(explain("RAY_AUTH_TOKEN_PATH", expected="a file", found=found, remedy="Correct the path.")) from error

@@ -3,15 +3,14 @@
 import logging
 import os
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import requests
-from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from draf_dist.errors import DrafError, SpecError, UnreachableError, explain
+from draf_dist.errors import DrafError, UnreachableError, explain
+from draf_dist.launch.bundle import is_this_machine
+from draf_dist.launch.package import find_token
 from draf_dist.launch.ray_cluster import environment
 
 # To connect, and between two bytes of an answer. The cluster may take ten seconds to find the agent that starts a job.
@@ -19,6 +18,8 @@ TIMEOUT_S = (5.0, 60.0)
 # How long a connection may be away before that is an error: a tunnel that is opened again, a dashboard that starts again.
 PATIENCE_S = 30.0
 RETRY_INTERVAL_S = 1.0
+# What stands before a dashboard says so while that one is away.
+_AWAY = (requests.codes.bad_gateway, requests.codes.service_unavailable, requests.codes.gateway_timeout)
 # Either would make Ray's client go elsewhere, whatever address it is given.
 _ELSEWHERE = {"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}
 
@@ -43,7 +44,7 @@ class Dashboard(JobSubmissionClient):
         with environment(_ELSEWHERE):
             try:
                 super().__init__(url, headers=headers)
-            except (RuntimeError, ValueError, KeyError) as error:
+            except (RuntimeError, ValueError, KeyError, requests.RequestException) as error:
                 raise self._unreachable(f"something else ({type(error).__name__})") from error
         self._patience_s = PATIENCE_S
 
@@ -52,13 +53,32 @@ class Dashboard(JobSubmissionClient):
         deadline = time.monotonic() + (self._patience_s if method == "GET" else 0.0)
         while True:
             try:
-                return super()._do_request(method, endpoint, timeout=TIMEOUT_S, **options)
-            except AuthenticationError as error:
-                raise self._refused() from error
+                answer = self._send(method, endpoint, **options)
+                if method != "GET" or answer.status_code not in _AWAY:
+                    return answer
+                why, cause = f"HTTP {answer.status_code}", None
             except requests.RequestException as error:
-                if time.monotonic() >= deadline:
-                    raise self._unreachable(f"none that answers ({type(error).__name__})") from error
-                time.sleep(RETRY_INTERVAL_S)
+                why, cause = type(error).__name__, error
+            if time.monotonic() >= deadline:
+                raise self._unreachable(f"none that answers ({why})") from cause
+            time.sleep(RETRY_INTERVAL_S)
+
+    def _send(
+        self, method: str, endpoint: str, *, data: bytes | None = None, json_data: dict[str, Any] | None = None
+    ) -> requests.Response:
+        """One request. Ray's own would send ~/.netrc in place of the token, and the token through a proxy even to this machine."""
+        address = self._address + endpoint
+        with requests.Session() as session:
+            session.trust_env = False
+            session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+            session.proxies = {} if is_this_machine(address) else requests.utils.get_environ_proxies(address)
+            # An answer that leads elsewhere would take the token along.
+            answer = session.request(
+                method, address, data=data, json=json_data, headers=self._headers, timeout=TIMEOUT_S, allow_redirects=False
+            )
+        if answer.status_code in (requests.codes.unauthorized, requests.codes.forbidden):
+            raise self._refused()
+        return answer
 
     def _raise_error(self, r: requests.Response) -> NoReturn:
         """Without the answer's own text, which may be a traceback from inside the cluster."""
@@ -78,26 +98,3 @@ class Dashboard(JobSubmissionClient):
         found = "one that the cluster refuses" if self._token else "none"
         remedy = "Set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (else ~/.ray/auth_token is read), and check that the address is right."
         return UnreachableError(explain(self.url, expected="this cluster's token", found=found, remedy=remedy))
-
-
-def find_token(variables: Mapping[str, str]) -> str | None:
-    """The token where Ray itself looks for it: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token; None without one.
-
-    Read here because Ray reads it once per process, and only if RAY_AUTH_MODE was `token` when it was imported.
-
-    Raises:
-        SpecError: RAY_AUTH_TOKEN_PATH names no file.
-    """
-    if variables.get("RAY_AUTH_MODE", "token").lower() == "disabled":
-        return None
-    if token := variables.get("RAY_AUTH_TOKEN", "").strip():
-        return token
-    named = variables.get("RAY_AUTH_TOKEN_PATH", "")
-    path = Path(named or "~/.ray/auth_token").expanduser()
-    try:
-        return path.read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError) as error:
-        if not named:
-            return None
-        found = f"{named}, which can't be read"
-        raise SpecError(explain("RAY_AUTH_TOKEN_PATH", expected="a file", found=found, remedy="Correct the path.")) from error

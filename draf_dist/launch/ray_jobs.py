@@ -32,6 +32,8 @@ STOP_MARGIN_S = 30.0
 RUN_URL = "run"
 LONGEST_REASON = 300
 _ERRORS = {error.exit_code: error for error in (SpecError, DataError, GateError, InterruptedRunError, UnreachableError)}
+# A wrong spec, bad data, a gate: the same command would end in the same way.
+_TO_BE_MENDED = (SpecError.exit_code, DataError.exit_code, GateError.exit_code)
 _NOISE = re.compile(
     r"Running entrypoint for job |"
     r"(?:\x1b\[\d+m)?\((?:raylet|autoscaler|pid=|\w+ pid=)|"
@@ -124,14 +126,14 @@ def follow(submission: Submission, cluster: ClusterProfile, show: Callable[[str]
     """Shows the lines of the job's log as they come, until it has ended; what it had ended as. A lost connection is taken up again.
 
     Raises:
-        UnreachableError: the connection was away for longer than PATIENCE_S. The job goes on.
+        UnreachableError: the connection was away for longer than PATIENCE_S (the job goes on), or the log of a job that has ended.
     """
     dashboard = Dashboard(cluster.dashboard)
     shown = 0
     while True:
         # Asked before the log is read: what has ended by then has written everything.
         found = _get(dashboard, submission.id)
-        log = _log(dashboard, submission.id)
+        log = _log(dashboard, found)
         end = len(log) if not found.is_active else log.rfind("\n") + 1
         for line in log[shown:end].splitlines():
             if not _NOISE.match(line):
@@ -179,6 +181,8 @@ def check_succeeded(submission: Submission) -> None:
             explain(submission.id, expected="to finish", found="that it was stopped", remedy="Submit it again to continue.")
         )
     remedy = "Submitted again, the run continues from its newest checkpoint."
+    if submission.exit_code in _TO_BE_MENDED:
+        remedy = "Mend the cause first, which its log names: as it is it would fail again."
     error = _ERRORS.get(submission.exit_code or DrafError.exit_code, DrafError)
     raise error(explain(submission.id, expected="to finish", found=submission.reason, remedy=remedy))
 
@@ -221,11 +225,27 @@ def _seconds(milliseconds: int | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
 
 
-def _log(dashboard: Dashboard, submission_id: str) -> str:
-    """All of it so far; nothing while the node that has it does not answer."""
-    try:
-        return dashboard.get_job_logs(submission_id)
-    except UnreachableError:
-        raise
-    except DrafError:
-        return ""
+def _log(dashboard: Dashboard, submission: Submission) -> str:
+    """All of it so far; nothing while the node that has it does not answer, as long as there will be a later time to ask.
+
+    Raises:
+        UnreachableError: the job has ended, and its log can't be had for PATIENCE_S.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return dashboard.get_job_logs(submission.id)
+        except UnreachableError:
+            raise
+        except DrafError as error:
+            if submission.is_active:
+                return ""
+            if time.monotonic() >= deadline:
+                raise _without_log(submission) from error
+            time.sleep(RETRY_INTERVAL_S)
+
+
+def _without_log(submission: Submission) -> UnreachableError:
+    end = f"{submission.state}: {submission.reason}" if submission.state == "FAILED" else submission.state
+    remedy = f"The job itself is {end}. With --status it says how its run stands."
+    return UnreachableError(explain(submission.id, expected="the end of its log", found="none that can be read", remedy=remedy))

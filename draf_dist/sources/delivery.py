@@ -9,18 +9,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from draf_dist.config.spec import fingerprint
 from draf_dist.errors import DataError, SpecError, explain, together
 from draf_dist.schema.delivery import DELIVERY_FILE, DeliveredFile, Delivery
+from draf_dist.sources.card_model import Card, ImageCard, ModalityCard, MultiHot, SiteFolders, TableModalityCard, VariableCard
 from draf_dist.storage import LocalStore, room_on
 from draf_dist.storage.local import UNFINISHED
 
 MAX_MANIFEST_BYTES = 2**30
 LISTED_FILES = 10
 SEAL = "draf delivery seal"
+CardT = TypeVar("CardT", bound=Card)
 
 
 def seal(
@@ -102,8 +105,8 @@ def check_files(folder: Path, delivery: Delivery) -> None:
     """
     problems = [problem for number, file in enumerate(delivery.files, 1) if (problem := _problem(folder, number, file))]
     listed = {file.path for file in delivery.files}
-    unlisted = Counter(_kind(path) for path in _paths(folder) if path not in listed)
-    problems += [f"{kind} that the list does not have: {count}" for kind, count in sorted(unlisted.items())]
+    unlisted = Counter(_kind_and_place(path) for path in _paths(folder) if path not in listed)
+    problems += [f"{what} that the list does not have: {count}" for what, count in sorted(unlisted.items())]
     if not problems:
         return
     more = [f"... and {len(problems) - LISTED_FILES} more."] if len(problems) > LISTED_FILES else []
@@ -111,6 +114,52 @@ def check_files(folder: Path, delivery: Delivery) -> None:
     where = f"{folder / DELIVERY_FILE}: delivery {delivery.delivery_id}"
     head = explain(where, expected=f"{len(delivery.files)} files as listed", found=f"{len(problems)} differences", remedy=remedy)
     raise DataError(together([head, *(f"  {problem}" for problem in problems[:LISTED_FILES]), *more]))
+
+
+def card_of_sites(card: CardT, sites: Sequence[str]) -> CardT:
+    """The card with these of its sites alone, and of every entry per site only theirs: what one hospital's delivery needs.
+
+    The card itself where its sites have no folders of their own, or where it lacks one of these.
+    """
+    folders = card.sites.folders if isinstance(card.sites, SiteFolders) else ()
+    if not sites or not set(sites) < set(folders):
+        return card
+    changes = {
+        "sites": SiteFolders(folders=_at(sites, folders)),
+        "split": card.split.model_copy(update={"held_out_sites": _at(sites, card.split.held_out_sites)}),
+        "tables": {name: each.model_copy(update={"rename": _at(sites, each.rename)}) for name, each in card.tables.items()},
+        "modalities": tuple(_modality_at(sites, modality) for modality in card.modalities),
+    }
+    return card.model_copy(update=changes)
+
+
+def _modality_at(sites: Sequence[str], modality: ModalityCard) -> ModalityCard:
+    changes: dict[str, Any] = {"absent_at": _at(sites, modality.absent_at)}
+    if not isinstance(modality, ImageCard):
+        changes["variables"] = tuple(_variable_at(sites, variable) for variable in modality.variables)
+    if isinstance(modality, TableModalityCard):
+        changes["multi_hot"] = tuple(_multi_hot_at(sites, hot) for hot in modality.multi_hot)
+    return modality.model_copy(update=changes)
+
+
+def _variable_at(sites: Sequence[str], variable: VariableCard) -> VariableCard:
+    return variable.model_copy(update={"code": _code_at(sites, variable.code), "unit": _code_at(sites, variable.unit)})
+
+
+def _multi_hot_at(sites: Sequence[str], hot: MultiHot) -> MultiHot:
+    return hot.model_copy(update={"codes": {name: _code_at(sites, code) for name, code in hot.codes.items()}})
+
+
+def _code_at(sites: Sequence[str], code: Any) -> Any:
+    """A code or unit: one for all sites stays, one a site is cut."""
+    return _at(sites, code) if isinstance(code, dict) else code
+
+
+def _at(sites: Sequence[str], per_site: Any) -> Any:
+    """The entries of some sites in a mapping by site, or in a sequence of sites; in the order that they have."""
+    if isinstance(per_site, dict):
+        return {site: value for site, value in per_site.items() if site in sites}
+    return tuple(site for site in per_site if site in sites)
 
 
 def _problem(folder: Path, number: int, file: DeliveredFile) -> str | None:
@@ -170,13 +219,24 @@ def _kind(relative: str) -> str:
     return f"{suffix} file" if re.fullmatch(r"\.[a-z]{1,4}", suffix) else "file"
 
 
+def _kind_and_place(relative: str) -> str:
+    """What may be told of a file that nobody listed: its kind, whether it is hidden, and how deep it lies."""
+    path = PurePosixPath(relative)
+    hidden = "hidden (a name that begins with a dot, as .DS_Store) " if path.name.startswith(".") else ""
+    level = len(path.parts) - 1
+    return f"{hidden}{_kind(relative)} {f'{level} folders down' if level > 1 else 'one folder down' if level else 'at the top'}"
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _first(error: ValidationError) -> str:
-    """The first problem, without the value that caused it."""
+    """The first problem, without the value that caused it; an unknown key is not named, it may be a patient's name."""
     first = error.errors()[0]
-    place = ".".join(str(part + 1 if isinstance(part, int) else part) for part in first["loc"]) or "top level"
+    loc = first["loc"][:-1] if first["type"] == "extra_forbidden" else first["loc"]
+    place = ".".join(str(part + 1 if isinstance(part, int) else part) for part in loc) or "top level"
+    if first["type"] == "extra_forbidden":
+        return f"a key that is not one of those in docs/deliveries.md at {place}"
     return f"{first['msg']} at {place}"

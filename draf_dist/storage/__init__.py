@@ -9,9 +9,12 @@ from draf_dist.storage.base import MissingError, Store
 from draf_dist.storage.local import LocalStore, room_on
 from draf_dist.storage.s3 import S3Store
 
+# What pins a release or a run (`@` and hex digits at the end) is no credential, also where it names a bucket.
+_PIN = re.compile(r"@(?:[0-9a-f]{16}|[0-9a-f]{64})/*\Z")
+_AUTHORITY = re.compile(r"(?:(?P<bucket>s3):/+|[a-z][a-z0-9+.-]*:/{1,2})(?P<authority>[^/?#]*)", re.IGNORECASE)
 _EXPECTED = "a local path, file:///path or s3://bucket/prefix"
 
-__all__ = ["LocalStore", "MissingError", "S3Store", "Store", "open_store", "room_on"]
+__all__ = ["LocalStore", "MissingError", "S3Store", "Store", "has_credentials", "open_store", "room_on"]
 
 
 def open_store(url: str, *, must_exist: bool = False) -> Store:
@@ -21,9 +24,13 @@ def open_store(url: str, *, must_exist: bool = False) -> Store:
     look at). A local folder need not exist unless must_exist.
 
     Raises:
-        SpecError: a scheme that is not allowed, a bucket that does not exist, a folder that must exist and does not.
+        SpecError: a scheme that is not allowed, a bucket that does not exist, a folder that must exist and does not; a URL with
+            credentials, which is not repeated.
         UnreachableError: the endpoint does not answer, or refuses the credentials.
     """
+    if has_credentials(url):
+        remedy = "Put them into the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY."
+        raise SpecError(explain("URL", expected="one without credentials", found="one with", remedy=remedy))
     scheme, separator, rest = url.partition("://")
     if not separator:
         # An unset shell variable would mean the working folder, and s3:/bucket a folder of that name.
@@ -36,6 +43,12 @@ def open_store(url: str, *, must_exist: bool = False) -> Store:
     if scheme == "s3" and rest.strip("/"):
         return S3Store(url.rstrip("/"))
     raise SpecError(explain(url, expected=_EXPECTED, found=repr(scheme + "://"), remedy="Correct the URL."))
+
+
+def has_credentials(url: str) -> bool:
+    """Whether a user or a password stands before its host or bucket. A bucket has no port: a colon there is before a password."""
+    found = _AUTHORITY.match(_PIN.sub("", url))
+    return found is not None and ("@" in found["authority"] or (found["bucket"] is not None and ":" in found["authority"]))
 
 
 def _open_folder(root: Path, *, must_exist: bool) -> LocalStore:

@@ -2,7 +2,6 @@
 
 import re
 from typing import Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +11,7 @@ from draf_dist.errors import SpecError, explain
 from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.objectives.fusion import FusionObjectiveConfig
+from draf_dist.storage import has_credentials
 
 VERSION = r"^[0-9a-f]{16}$"
 PINNED = re.compile(r"@(?:[0-9a-f]{16}|[0-9a-f]{64})$")
@@ -144,7 +144,7 @@ def without_secret(key: str, url: str) -> str:
     Raises:
         SpecError: it does. Not a ValueError: pydantic's own message would repeat the value.
     """
-    if "@" in urlsplit(PINNED.sub("", url)).netloc:
+    if has_credentials(url):
         remedy = "Put them into the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY."
         raise SpecError(explain(key, expected="a URL without credentials", found="one with", remedy=remedy))
     return url

@@ -14,6 +14,8 @@ from draf_dist.training.warm_start import pin_start
 def pin(job: AnyJob) -> AnyJob:
     """The job with URL@version in place of a URL that moves, and URL@sha256 of a model that may be trained again.
 
+    Local paths become absolute.
+
     Raises:
         SpecError: there is no such release, or it can't fill a batch; see pin_encoder, pin_start and new_and_old.
     """
@@ -22,7 +24,8 @@ def pin(job: AnyJob) -> AnyJob:
         if sum(shard.num_samples for shard in release.shards(split)) == 0:
             remedy = "Prepare a data set with more subjects."
             raise SpecError(explain(release.pinned_url, expected=f"studies in the {split} split", found="none", remedy=remedy))
-    update: dict[str, Any] = {"release": release.pinned_url}
+    # The store's URL: absolute where the release is a local folder, so that the run can be read from another working folder.
+    update: dict[str, Any] = {"release": f"{release.store.url}@{release.version}"}
     if isinstance(job, FinetuneJob):
         update |= _pin_starts(job, release)
     return job.model_copy(update=update)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from ruamel.yaml import YAML
 
+from draf_dist.data.release import split_version
 from draf_dist.errors import GateError, SpecError, explain
 from draf_dist.storage import Store, open_store
 from draf_dist.training.checkpoint import FOLDER as CHECKPOINTS
@@ -101,7 +102,7 @@ def as_pinned_there(job: AnyJob, url: str) -> AnyJob:
     if not open_store(url).exists(JOB):
         return job
     there = open_run(url).job.release
-    same = open_store(job.release).url == there.rpartition("@")[0]
+    same = open_store(job.release).url == open_store(split_version(there)[0]).url
     return job.model_copy(update={"release": there}) if same else job
 
 

@@ -3,12 +3,14 @@
 import logging
 import os
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune import TuneError
 from rich.console import Console
 from rich.markup import escape
 
@@ -20,12 +22,13 @@ from draf_dist.launch.ray_train import LENT
 from draf_dist.training.interrupt import Interrupt
 from draf_dist.tuning.actor import ActorTask, TrialActor
 from draf_dist.tuning.campaign_job import CampaignJob
-from draf_dist.tuning.checks import check_campaign, max_epochs
+from draf_dist.tuning.checks import check_campaign
 from draf_dist.tuning.claims import Claims
 from draf_dist.tuning.folder import Books, CampaignFolder, enter_campaign, open_books, orphans, settle
 from draf_dist.tuning.leaderboard import Leaderboard
 from draf_dist.tuning.outcome import WINNER, write_outcome
 from draf_dist.tuning.places import actor_resources, bundle, cluster_profile, num_workers
+from draf_dist.tuning.point import max_epochs
 from draf_dist.tuning.records import TrialRecord
 from draf_dist.tuning.search import CampaignSearch, DurableHalving, RelayStop, budget_spent, too_many_failures
 
@@ -98,7 +101,7 @@ def _search(books: Books, profile: Profile, console: Console) -> None:
         # Entered last: Ray sets signal handlers of its own when a cluster is joined.
         interrupt = stack.enter_context(Interrupt())
         lines = Lines(books, console)
-        search = CampaignSearch(books, num_workers(profile), interrupt, lines.record, claims.release_all)
+        search = CampaignSearch(books, profile, interrupt, lines.record, claims.release_all)
         here = str(Path.cwd()) if cluster.is_this_machine else None
         task = ActorTask(books.folder.campaign, books.folder.trials_url, profile, desk, claims, cluster.settings, here)
         _tune(task, search, at_a_time, RelayStop(interrupt, desk))
@@ -113,7 +116,7 @@ def _search(books: Books, profile: Profile, console: Console) -> None:
 
 def _tune(task: ActorTask, search: CampaignSearch, at_a_time: int, stop: RelayStop) -> None:
     books = search.books
-    with tempfile.TemporaryDirectory(prefix="draf-tune-") as storage:
+    with tempfile.TemporaryDirectory(prefix="draf-tune-") as storage, own_errors():
         # Ray's annotations are those of function trainables.
         trainable: Any = tune.with_resources(tune.with_parameters(TrialActor, task=task), actor_resources(task.profile))
         tune.run(
@@ -131,6 +134,20 @@ def _tune(task: ActorTask, search: CampaignSearch, at_a_time: int, stop: RelaySt
             trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
             verbose=0,
         )
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Ray Tune wraps whatever its callbacks raise; an error that a user can mend comes out as itself."""
+    try:
+        yield
+    except TuneError as error:
+        inner: BaseException | None = error
+        while isinstance(inner, TuneError):
+            inner = inner.__cause__ or inner.__context__
+        if isinstance(inner, DrafError):
+            raise inner from None
+        raise
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,18 @@ def enter_campaign(job: CampaignJob, out: str | None) -> CampaignFolder:
     """The folder of a campaign, made or found; its jobs are pinned, to what is pinned there if it exists.
 
     Raises:
+        SpecError: see find_campaign.
+    """
+    store, there, pinned = find_campaign(job, out)
+    if there != pinned:
+        store.write(CAMPAIGN, yaml_text(pinned).encode())
+    return CampaignFolder(store, pinned)
+
+
+def find_campaign(job: CampaignJob, out: str | None) -> tuple[Store, CampaignJob | None, CampaignJob]:
+    """Where a campaign would lie, what lies there, and the campaign with its jobs pinned; writes nothing.
+
+    Raises:
         SpecError: the folder holds another campaign (says in what it differs), or something that is no campaign.
     """
     there = None if out is None else _stored(open_store(out))
@@ -118,9 +130,7 @@ def enter_campaign(job: CampaignJob, out: str | None) -> CampaignFolder:
         raise SpecError(explain(store.url, expected="a campaign, or an empty folder", found=f"no {CAMPAIGN}", remedy=remedy))
     if there is not None:
         _check_same(store, there, pinned)
-    if there != pinned:
-        store.write(CAMPAIGN, yaml_text(pinned).encode())
-    return CampaignFolder(store, pinned)
+    return store, there, pinned
 
 
 @contextmanager
@@ -216,7 +226,7 @@ def _pinned(job: CampaignJob, there: CampaignJob | None) -> CampaignJob:
     found: dict[str, Any] = {}
     for name, stage in job.stages.items():
         before = None if there is None else there.stages.get(name)
-        if before is not None and open_store(stage.release).url == _VERSION.sub("", before.release):
+        if before is not None and open_store(stage.release).url == open_store(_VERSION.sub("", before.release)).url:
             stage = stage.model_copy(update={"release": before.release})
         found[name] = pin(stage)
     return job.model_copy(update={"base": Base(**found), "release": None})

@@ -5,7 +5,9 @@ from statistics import median
 from draf_dist.errors import DrafError, explain
 from draf_dist.schema.modality import Record
 from draf_dist.tuning.campaign_job import CampaignJob
+from draf_dist.tuning.point import epochs_at
 from draf_dist.tuning.records import TrialRecord
+from draf_dist.tuning.rungs import nothing_is_stopped
 from draf_dist.tuning.space import at_edge
 
 # Optuna's sampler draws the first trials blindly.
@@ -74,8 +76,14 @@ def _warnings(campaign: CampaignJob, records: list[TrialRecord], best: TrialReco
     found = [f"{path}: the best value, {best.parameters[path]}, lies at the edge of what was searched. Widen it." for path in edges]
     if len(records) <= BLIND_TRIALS:
         found.append(f"{len(records)} trials: the first {BLIND_TRIALS} are drawn blindly, so nothing was learned from them yet.")
-    if best.epochs == best.best_epoch == campaign.base.finetune.epochs:
+    if best.epochs == best.best_epoch == epochs_at(campaign, best.parameters):
         found.append("The best trial was still getting better at its last epoch. Allow more epochs.")
     if failed := sum(record.state == "failed" for record in records):
         found.append(f"{failed} trials failed; their part of the space is unknown.")
+    if repeated := len(records) - len({tuple(sorted(record.parameters.items())) for record in records}):
+        found.append(f"{repeated} trials repeated the settings of others: they trained nothing anew.")
+    if len(profiles := sorted({record.profile for record in records if record.profile})) > 1:
+        found.append(f"Trials ran under different profiles ({'; '.join(profiles)}), so their numbers compare less well.")
+    if (never := nothing_is_stopped(campaign)) is not None:
+        found.append(never)
     return found

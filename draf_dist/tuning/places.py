@@ -38,6 +38,13 @@ def bundle(profile: Profile) -> dict[str, float]:
     return {"CPU": float(profile.threads), **({"GPU": 1.0} if on_gpu else {})}
 
 
+def profile_text(profile: Profile) -> str:
+    """What of a profile can move the numbers of a trial."""
+    device = "cuda" if "GPU" in bundle(profile) else "cpu"
+    precision = profile.deepspeed.precision if isinstance(profile, RayProfile) else "fp32"
+    return f"{profile.kind}, {num_workers(profile)} on {device}, {precision}"
+
+
 def actor_resources(profile: Profile) -> PlacementGroupFactory:
     """What Ray sets aside for the actor of a trial; its workers, if it has some, ask for their own."""
     return PlacementGroupFactory([WATCHER if has_workers(profile) else bundle(profile)])

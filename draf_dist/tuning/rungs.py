@@ -9,7 +9,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from draf_dist.schema.modality import Record
-from draf_dist.tuning.campaign_job import Stopping
+from draf_dist.tuning.campaign_job import CampaignJob, Stopping
+from draf_dist.tuning.point import max_epochs as most_epochs
 
 
 class RungEntry(Record):
@@ -23,7 +24,7 @@ class RungEntry(Record):
 
 
 class Rungs:
-    """The table. max_epochs: where a trial ends by itself; there is no rung there."""
+    """The table. max_epochs: the most that a trial can take; there is no rung there."""
 
     def __init__(self, stopping: Stopping | None, max_epochs: int, entries: Iterable[RungEntry] = ()) -> None:
         self._keep = 1.0 if stopping is None else 1 / stopping.reduction_factor
@@ -42,12 +43,13 @@ class Rungs:
             raise ValueError(f"trial {entry.trial} stands at rung {entry.rung} already")
         self._entries[entry.rung, entry.trial] = entry
 
-    def decide(self, trial: int, epoch: int, value: float) -> RungEntry | None:
+    def decide(self, trial: int, epoch: int, value: float, last: int | None = None) -> RungEntry | None:
         """What is to be entered now that a trial has done `epoch` epochs; None between rungs, and where it stands already.
 
         The cut-off is the (1/reduction_factor)-quantile of those who came before, the trial itself not among them.
+        last: epoch at which this trial ends by itself, if it is sooner than others: it stands at no rung from there on.
         """
-        rung = max((m for m in self.milestones if m <= epoch), default=None)
+        rung = max((m for m in self.milestones if m <= epoch and (last is None or m < last)), default=None)
         if rung is None or (rung, trial) in self._entries:
             return None
         others = [entry.value for (at, _), entry in self._entries.items() if at == rung]
@@ -63,9 +65,17 @@ class Rungs:
 
 
 def milestones(stopping: Stopping, max_epochs: int) -> tuple[int, ...]:
-    """grace_epochs x reduction_factor^k, as long as it lies before the last epoch."""
+    """grace_epochs x reduction_factor^k, as long as it lies before the last epoch; empty where nothing is ever stopped."""
     found, rung = [], stopping.grace_epochs
     while rung < max_epochs:
         found.append(rung)
         rung *= stopping.reduction_factor
     return tuple(found)
+
+
+def nothing_is_stopped(campaign: CampaignJob) -> str | None:
+    """A warning where stopping is asked for and no trial is long enough for it."""
+    most, stopping = most_epochs(campaign), campaign.stopping
+    if stopping is None or milestones(stopping, most):
+        return None
+    return f"stopping.grace_epochs is {stopping.grace_epochs} and a trial takes at most {most} epochs: nothing is ever stopped."

@@ -15,11 +15,13 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from draf_dist.errors import DrafError
+from draf_dist.launch.profile import Profile
 from draf_dist.launch.ray_desk import Desk
 from draf_dist.training.run import StopRequest
 from draf_dist.tuning.actor import ENDED, EPOCHS, HALTING, NUMBER, OBJECTIVE, POINT, PROGRESS, REASON
 from draf_dist.tuning.folder import Books, orphans
-from draf_dist.tuning.point import Point
+from draf_dist.tuning.places import num_workers, profile_text
+from draf_dist.tuning.point import Point, epochs_at
 from draf_dist.tuning.records import State, TrialRecord
 from draf_dist.tuning.space import distribution, suggest
 
@@ -40,19 +42,19 @@ class Begun:
 class CampaignSearch(OptunaSearch):
     """OptunaSearch that first continues what a killed driver left, and writes every trial down before it tells the study.
 
-    workers: that train one trial. on_record: hears of every trial that has ended. on_end: of its number, whatever became of it.
+    profile: where one trial trains. on_record: hears of every trial that has ended. on_end: of its number, whatever became of it.
     """
 
     def __init__(
         self,
         books: Books,
-        workers: int,
+        profile: Profile,
         stop: StopRequest,
         on_record: Callable[[TrialRecord], None],
         on_end: Callable[[int], None],
     ) -> None:
         self.books, self._campaign, self._stop = books, books.folder.campaign, stop
-        self._workers, self._on_record, self._on_end = workers, on_record, on_end
+        self._profile, self._on_record, self._on_end = profile, on_record, on_end
         self._orphans = orphans(books.study, books.records())
         self._begun: dict[str, Begun] = {}
         self.halted: DrafError | None = None
@@ -82,8 +84,12 @@ class CampaignSearch(OptunaSearch):
         """An epoch of a trial; those that the study knows are not reported to it again."""
         begun = self._begun[trial_id]
         if EPOCHS in result and result[EPOCHS] not in begun.reported:
+            self.books.fence.check()
             begun.reported.add(result[EPOCHS])
-            super().on_trial_result(trial_id, {**result, "training_iteration": result[EPOCHS]})
+            with warnings.catch_warnings():
+                # Of an epoch that another driver has reported meanwhile.
+                warnings.simplefilter("ignore", UserWarning)
+                super().on_trial_result(trial_id, {**result, "training_iteration": result[EPOCHS]})
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The end of a trial: written down, then told to the study."""
@@ -95,7 +101,7 @@ class CampaignSearch(OptunaSearch):
             return
         # Of an epoch after which a trial is stopped Tune tells only here.
         self.on_trial_result(trial_id, found)
-        record = _record(begun, found, lost=error)
+        record = _record(begun, found, profile_text(self._profile), {each.run for each in self.books.records()}, lost=error)
         self.books.record(record)
         failed = record.state == "failed"
         with warnings.catch_warnings():
@@ -111,7 +117,7 @@ class CampaignSearch(OptunaSearch):
     def _is_over(self) -> bool:
         if self.halted is not None or self._stop.requested or too_many_failures(self.books):
             return True
-        return not self._orphans and budget_spent(self.books, self._workers)
+        return not self._orphans and budget_spent(self.books, num_workers(self._profile))
 
     def _continued(self, orphan: FrozenTrial) -> Trial:
         trial = Trial(self.books.study, orphan._trial_id)
@@ -121,21 +127,32 @@ class CampaignSearch(OptunaSearch):
 
 
 class DurableHalving(FIFOScheduler):
-    """Stops trials by the rung table, which is written down at every entry."""
+    """Stops trials by the rung table, which is written down at every entry.
+
+    Trials with equal settings share one run, so they stand at a rung once, under the number of the first of them.
+    """
 
     def __init__(self, books: Books) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.books = books
+        self._first: dict[int, int] = {}
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """The decision after an epoch; the same as before where the trial stands at the rung already."""
-        number, rungs = trial.config[NUMBER], self.books.rungs
+        number, rungs = self._standing_for(trial.config[NUMBER], trial.config[POINT]), self.books.rungs
         if EPOCHS not in result:
             return TrialScheduler.CONTINUE
-        entry = rungs.decide(number, result[EPOCHS], result[OBJECTIVE])
+        last = epochs_at(self.books.folder.campaign, trial.config[POINT])
+        entry = rungs.decide(number, result[EPOCHS], result[OBJECTIVE], last)
         if entry is not None:
             self.books.enter(entry)
         return TrialScheduler.STOP if rungs.stopped(number, result[EPOCHS]) else TrialScheduler.CONTINUE
+
+    def _standing_for(self, number: int, point: Point) -> int:
+        if number not in self._first:
+            alike = (trial.number for trial in self.books.study.get_trials(deepcopy=False) if trial.params == point)
+            self._first[number] = min(alike, default=number)
+        return self._first[number]
 
 
 class RelayStop(tune.Stopper):
@@ -167,7 +184,8 @@ def too_many_failures(books: Books) -> bool:
     return sum(record.state == "failed" for record in books.records()) > books.folder.campaign.max_failures
 
 
-def _record(begun: Begun, result: dict[str, Any], *, lost: bool) -> TrialRecord:
+def _record(begun: Begun, result: dict[str, Any], profile: str, recorded_runs: set[str | None], *, lost: bool) -> TrialRecord:
+    """recorded_runs: those that trials before it have booked."""
     ended: Any = "failed" if lost else result.get(ENDED, "stopped")
     state: State = ended
     wall = time.perf_counter() - begun.since
@@ -175,6 +193,7 @@ def _record(begun: Begun, result: dict[str, Any], *, lost: bool) -> TrialRecord:
         "trial": begun.number,
         "parameters": begun.point,
         "state": state,
+        "profile": profile,
         "wall_s": round(wall, 3),
         "time": round(time.time(), 3),
     }
@@ -186,7 +205,7 @@ def _record(begun: Begun, result: dict[str, Any], *, lost: bool) -> TrialRecord:
         "run": progress["run"],
         "pretraining": progress["pretraining"],
         "epochs": progress["epochs"],
-        "training_s": round(progress["training_s"], 3),
+        "training_s": round(progress["spent_s" if progress["run"] in recorded_runs else "training_s"], 3),
         "overhead_s": round(wall - progress["spent_s"], 3),
     }
     if state == "failed":

@@ -48,14 +48,17 @@ def suggest(trial: Trial, path: str, parameter: Parameter) -> None:
 
 
 def at_edge(parameter: Parameter, value: Value) -> bool:
-    """Whether a better value may lie beyond: this one is within 2 % of an end of the range, or the last of ordered choices."""
+    """Whether a better value may lie beyond: this one is within 2 % of an end of the range, or an end of three or more numbers.
+
+    Of two choices either is an end, and words have no order.
+    """
     if isinstance(parameter, Range):
         move = math.log if parameter.log else float
         low, high = move(parameter.low), move(parameter.high)
         share = (move(float(value)) - low) / (high - low)
         return min(share, 1 - share) <= EDGE_SHARE
     numbers = [choice for choice in parameter.choices if isinstance(choice, int | float) and not isinstance(choice, bool)]
-    return len(numbers) == len(parameter.choices) and value in (min(numbers), max(numbers))
+    return 2 < len(numbers) == len(parameter.choices) and value in (min(numbers), max(numbers))
 
 
 def describe(parameter: Parameter) -> str:
@@ -75,14 +78,14 @@ def _problems(campaign: CampaignJob, path: str, parameter: Parameter, where: str
         remedy = f"Did you mean {near[0]!r}?" if near else f"A path begins with {' or '.join(trees)}."
         yield explain(place, expected="a setting of the base jobs with one value", found="none that may be sought", remedy=remedy)
         return
-    for value in _probes(parameter):
+    for value in probes(parameter):
         try:
             jobs_at(campaign, {path: value})
         except SpecError as error:
             yield from (f"{place} = {value}: {line}" for line in str(error).splitlines())
 
 
-def _probes(parameter: Parameter) -> Iterable[Value]:
+def probes(parameter: Parameter) -> Iterable[Value]:
     """Both ends, and a value between them that is no whole number unless all are."""
     if isinstance(parameter, Choices):
         return parameter.choices

@@ -162,7 +162,7 @@ def test_a_new_hospital_comes_in_by_the_command_line_and_a_corrupt_image_does_no
     seen = json.loads(draf("ingest", card, folder, "--release", url, "--dry-run", "--json"))
     assert (seen["dry_run"], seen["verdict"], seen["release"]) == (True, "ingested", parent.pinned_url)
     told = draf("ingest", card, folder, "--release", url)
-    assert "Quarantine: 1 studies (3.3%): broken image 1." in told
+    assert "Quarantine: 1 studies (3.3% of 30): broken image 1." in told
     assert image.name not in told
     child = open_release(url)
     assert child.manifest.quarantined == parent.manifest.quarantined | {"broken image": 1}
@@ -176,7 +176,14 @@ def test_a_new_hospital_comes_in_by_the_command_line_and_a_corrupt_image_does_no
     seal(folder, "may")
     assert "other bytes under the same id" in draf("ingest", card, folder, "--release", url, code=4)
 
+    # A site that the release knows delivers again: the card of all four will do, although their folders are not there.
+    shutil.copytree(tmp_path / "old" / "raw" / "northgate", tmp_path / "later" / "northgate")
+    draf("delivery", "seal", tmp_path / "later", "--id", "june", "--site", "northgate", "--previous", "may")
+    later = draf("ingest", tmp_path / "old" / "card.yaml", tmp_path / "later", "--release", url)
+    assert f"Nothing new: recorded in {open_release(url).pinned_url}" in later
+    assert draf("release", "log", url).count("june") == 1
+
     assert "is whole" in draf("release", "verify", url)
     log = json.loads(draf("release", "log", url, "--json"))["releases"]
-    assert [(entry["parent"], entry["deliveries"]) for entry in log] == [(parent.version, ["may"]), (None, [])]
+    assert [(entry["parent"], entry["deliveries"]) for entry in log[1:]] == [(parent.version, ["may"]), (None, [])]
     assert "may" in draf("release", "log", url)

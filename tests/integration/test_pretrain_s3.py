@@ -38,7 +38,7 @@ def test_a_model_is_fine_tuned_from_an_encoder_in_a_bucket_and_knows_which(s3: S
     assert f"{s3.url}/pre@" in store.read("fine/job.yaml").decode()
 
     store.delete("pre/model/encoder.json")
-    with pytest.raises(DataError, match="pre: expected a pre-trained encoder, found no model/encoder.json"):
+    with pytest.raises(DataError, match="pre: expected an exported model, found no model/encoder.json"):
         train(job, f"{s3.url}/other", console=console)
     with pytest.raises(SpecError, match="expected a run folder, found no job.yaml"):
         train(job.model_copy(update={"pretrained": {"vitals": f"{s3.url}/per"}}), f"{s3.url}/other", console=console)

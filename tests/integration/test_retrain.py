@@ -13,18 +13,20 @@ import pytest
 from small_runs import SUBJECT_KEY, silent, small_job, small_model, small_release
 
 from draf_dist.cli.app import main
+from draf_dist.continual import retrain as retraining
 from draf_dist.continual.ingest import ingest
 from draf_dist.continual.registry import Registry
 from draf_dist.continual.retrain import plan_retraining
 from draf_dist.continual.retrain_job import RetrainJob, load_retrain
-from draf_dist.data.release import open_release
+from draf_dist.data.release import Release, open_release
+from draf_dist.errors import GateError
 from draf_dist.sources.card import load_card
 from draf_dist.sources.synth import synthesise_delivery
 from draf_dist.training.job import FinetuneJob
 from draf_dist.training.ledger import receipts_by_source
 from draf_dist.training.plan import build_plan
 from draf_dist.training.run import train
-from draf_dist.training.run_folder import open_run
+from draf_dist.training.run_folder import RunFolder, open_run
 from draf_dist.training.summary import summarise
 
 pytestmark = pytest.mark.timeout(600)
@@ -200,6 +202,39 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(road: Road, cap
     said = json.loads(capsys.readouterr().out)
     assert said["release"] == f"{road.release}@{road.second}"
     assert said["champion"] == 1
+    assert sorted(road.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "words"),
+    [
+        ("policy.sites=[site_99]", 2, "policy.sites: expected sites of "),
+        ("policy.split=ood", 2, "policy.split: ood: expected studies in that split"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_the_gate_would_refuse_is_refused_before_anything_is_trained(
+    road: Road, capsys: pytest.CaptureFixture[str], override: str, code: int, words: str, dry_run: bool
+) -> None:
+    before = sorted(road.folder.rglob("*"))
+    assert road.draf(f"--set={override}", *["--dry-run"] * dry_run, pinned=False) == code
+    assert words in capsys.readouterr().err
+    assert sorted(road.folder.rglob("*")) == before
+
+
+def test_a_holdout_that_the_champion_has_seen_is_refused_before_anything_is_trained(
+    road: Road, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[list[str], str]] = []
+
+    def leaks(runs: dict[str, RunFolder], holdout: Release, split: str) -> None:
+        seen.append(([run.url for run in runs.values()], holdout.version))
+        raise GateError("seen")
+
+    monkeypatch.setattr(retraining, "check_never_trained_on", leaks)
+    before = sorted(road.folder.rglob("*"))
+    assert road.draf("--dry-run", pinned=False) == road.draf(pinned=False) == 4
+    assert seen == [([str(road.folder / "champion")], road.second)] * 2
     assert sorted(road.folder.rglob("*")) == before
 
 

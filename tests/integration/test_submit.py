@@ -26,9 +26,9 @@ from draf_dist.launch.bundle import Bundle, bundle
 from draf_dist.launch.cluster_profile import ClusterProfile, load_cluster
 from draf_dist.launch.local_ray import LocalRay
 from draf_dist.launch.local_s3 import LocalS3
-from draf_dist.launch.package import Package, pack
+from draf_dist.launch.package import Package, find_token, pack
 from draf_dist.launch.ray_cluster import TOKEN
-from draf_dist.launch.ray_dashboard import Dashboard, find_token
+from draf_dist.launch.ray_dashboard import Dashboard
 from draf_dist.launch.ray_jobs import check_succeeded, follow, submit
 from draf_dist.launch.ray_train import train_on_ray
 from draf_dist.sources.card import load_card

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from draf_dist.errors import SpecError
-from draf_dist.launch.bundle import NAME_LENGTH, Bundle, bundle
+from draf_dist.launch.bundle import NAME_LENGTH, Bundle, bundle, is_this_machine
 from draf_dist.launch.cluster_profile import ClusterProfile, load_cluster, load_profile
+from draf_dist.storage import has_credentials, open_store
 from draf_dist.training.job import FinetuneJob
 from draf_dist.training.jobs import load_job, parse_job
 from draf_dist.training.pretrain_job import PretrainJob
@@ -91,3 +92,26 @@ def test_credentials_in_a_folder_are_refused_without_being_repeated() -> None:
 def test_a_profile_with_credentials_is_refused() -> None:
     with pytest.raises(SpecError, match="without credentials"):
         ClusterProfile.model_validate({**LAPTOP.model_dump(), "dashboard": "http://user:hunter2@127.0.0.1:8265"})
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://user:hunter2@b/x", "s3://hunter2@b", "s3:/user:hunter2@b", "S3://user:hun/ter2@b/x", "https://user:hunter2@h/x"],
+)
+def test_no_store_is_opened_at_a_url_with_credentials_and_they_are_not_repeated(url: str) -> None:
+    with pytest.raises(SpecError, match="expected one without credentials") as caught:
+        open_store(url)
+    assert "ter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://b/x", "s3://b@0123456789abcdef", f"s3://b/x@{'0' * 64}", "data/x@0123456789abcdef", "file:///a@b", "https://h:80/x"],
+)
+def test_a_pin_is_no_user(url: str) -> None:
+    assert not has_credentials(url)
+
+
+def test_this_machine_is_what_its_loopback_is() -> None:
+    assert all(is_this_machine(f"http://{host}:8265") for host in ("127.0.0.1", "127.0.0.2", "LOCALHOST", "[::1]"))
+    assert not any(is_this_machine(f"http://{host}") for host in ("10.0.0.1", "127.0.0.1.example.org", "localhost.example.org"))

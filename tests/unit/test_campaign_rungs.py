@@ -97,3 +97,12 @@ def test_there_is_no_rung_at_the_last_epoch_and_none_without_stopping() -> None:
     assert milestones(STOPPING, 10) == (1, 3, 9)
     assert milestones(Stopping(grace_epochs=5), 5) == ()
     assert Rungs(None, 100).decide(0, 50, 1.0) is None
+
+
+def test_a_trial_that_ends_sooner_than_others_stands_at_no_rung_from_its_end_on() -> None:
+    rungs = Rungs(STOPPING, 30)
+    assert rungs.decide(0, 3, 0.5, last=4) is not None
+    at_end = rungs.decide(0, 3, 0.5, last=3)
+    assert at_end is not None
+    assert at_end.rung == 1
+    assert rungs.decide(0, 1, 0.5, last=1) is None

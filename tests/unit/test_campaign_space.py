@@ -100,6 +100,8 @@ def test_the_edge_of_a_range_is_judged_on_its_scale() -> None:
     assert not at_edge(Range(low=0, high=100), 50)
     assert [at_edge(Choices(choices=(0.05, 0.1, 0.5)), value) for value in (0.05, 0.1, 0.5)] == [True, False, True]
     assert not at_edge(Choices(choices=("draf", "mean")), "draf")
+    # Of two numbers either is an end: that says nothing.
+    assert not at_edge(Choices(choices=(0.1, 0.5)), 0.5)
 
 
 def test_a_parameter_is_described_in_words() -> None:

@@ -8,7 +8,10 @@ import pytest
 
 from draf_dist.errors import DataError, SpecError
 from draf_dist.schema.delivery import MAX_FILE_BYTES
-from draf_dist.sources.delivery import check_files, delivery_sha256, read_delivery, seal
+from draf_dist.sources.card import load_card
+from draf_dist.sources.delivery import card_of_sites, check_files, delivery_sha256, read_delivery, seal
+from draf_dist.sources.hospital_export import HospitalExportCard
+from draf_dist.sources.synth import synthesise
 from draf_dist.storage.local import UNFINISHED
 
 
@@ -65,7 +68,14 @@ def test_what_a_killed_seal_left_is_no_part_of_the_delivery(folder: Path) -> Non
         (lambda folder: (folder / "north/stays.csv").write_text("a,b\n1,3\n"), r"file 2 of the list \(\.csv file\): other bytes"),
         (lambda folder: (folder / "north/stays.csv").write_text("a"), r"file 2 of the list \(\.csv file\): 1 bytes, not 8"),
         (lambda folder: (folder / "north/img/john_doe.png").unlink(), r"file 1 of the list \(\.png file\): missing"),
-        (lambda folder: (folder / "north/jane_roe.png").write_text("x"), r"\.png file that the list does not have: 1"),
+        (
+            lambda folder: (folder / "north/jane_roe.png").write_text("x"),
+            r"\.png file one folder down that the list does not have: 1",
+        ),
+        (
+            lambda folder: (folder / "north/img/.DS_Store").write_text("x"),
+            r"hidden \(a name that begins with a dot, as \.DS_Store\) file 2 folders down that the list does not have: 1",
+        ),
     ],
 )
 def test_whatever_differs_from_the_seal_is_told_without_a_files_name(folder: Path, change: object, found: str) -> None:
@@ -115,6 +125,29 @@ def test_a_list_that_is_not_as_described_is_refused(folder: Path, changes: dict[
     listed(folder, **changes)
     with pytest.raises(DataError, match=r"delivery\.json: expected a delivery, found"):
         read_delivery(folder)
+
+
+@pytest.mark.parametrize("place", ["", "files.1"])
+def test_an_unknown_key_is_not_named_for_it_may_be_a_patients_name(folder: Path, place: str) -> None:
+    seal(folder, "n-1")
+    entry = {"path": "a", "size_bytes": 1, "sha256": "0" * 64}
+    listed(folder, **({"files": [{**entry, "Jane Roe": 1}]} if place else {"Jane Roe": 1}))
+    with pytest.raises(DataError, match=f"a key that is not one of those .* at {place or 'top level'}") as caught:
+        read_delivery(folder)
+    assert "Jane" not in str(caught.value)
+
+
+def test_of_a_card_of_several_sites_only_those_of_the_delivery_are_kept(tmp_path: Path) -> None:
+    synthesise(tmp_path, num_subjects=8, seed=0)
+    whole = load_card(tmp_path / "card.yaml")
+    assert isinstance(whole, HospitalExportCard)
+    first, *others = whole.sites.names()
+    one = card_of_sites(whole, [first])
+    assert one.sites.names() == (first,)
+    assert not any(other in one.model_dump_json() for other in others)
+    schema = whole.data_schema()
+    assert one.data_schema() == schema.model_copy(update={"sites": (first,)})
+    assert card_of_sites(whole, []) == card_of_sites(whole, ["elsewhere", first]) == whole
 
 
 def test_an_id_that_no_release_should_hold_and_an_empty_folder_are_refused(folder: Path, tmp_path: Path) -> None:

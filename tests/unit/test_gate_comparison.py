@@ -145,3 +145,42 @@ def test_rare_great_harm_is_seldom_called_small() -> None:
         passed_by_percentiles += np.quantile(means, 0.95) <= 0.1
     # 5 %; two standard deviations of 100 trials are 4.4 %.
     assert passed <= 9 < passed_by_percentiles
+
+
+def test_one_subject_harmed_greatly_among_ties_leaves_harm_unbounded() -> None:
+    """A resample without that subject has no spread: it must not count as one that fits."""
+    harm = np.zeros(60)
+    harm[7] = 2.0
+    champion, challenger = pair(harm, np.full(60, "a"))
+    found = compare(champion, challenger, own_subjects(champion), POLICY)
+    assert found.overall.harm == pytest.approx(2 / 60)
+    assert (found.overall.upper, found.overall.upper_shared) == (None, None)
+    verdict = judge(found, POLICY.model_copy(update={"require": "non_inferior", "overall_margin": 0.5, "site_margin": 0.5}))
+    assert (verdict.decision, verdict.sites) == ("cannot_tell", ("a",))
+    # Ten of them: hardly a resample is without one.
+    harm[::6] = 2.0
+    champion, challenger = pair(harm, np.full(60, "a"))
+    bounded = compare(champion, challenger, own_subjects(champion), POLICY).overall
+    assert bounded.lower < bounded.harm < bounded.upper < 2
+
+
+def test_harm_the_same_for_everyone_is_known() -> None:
+    champion, challenger = pair(np.full(60, 0.1), np.full(60, "a"))
+    found = compare(champion, challenger, own_subjects(champion), POLICY).overall
+    assert (found.lower, found.upper) == pytest.approx((0.1, 0.1))
+
+
+def test_the_level_holds_for_harm_that_the_holdout_shows_and_for_no_other() -> None:
+    """Both challengers harm by exactly the margin. Rule of three: what befalls under 3/n of the subjects may befall none of n."""
+    policy = GatePolicy(replicates=1000, overall_margin=0.1, site_margin=0.1, require="non_inferior")
+    passed = {"everyone a little": 0, "one in fifty by 5 nats": 0}
+    for trial in range(100):
+        generator = np.random.default_rng(trial)
+        noise = generator.normal(0, 0.1, 50)
+        rare = np.where(generator.random(50) < 0.02, 5.0, 0.0)
+        for name, harm in zip(passed, (0.1 + noise, rare + noise), strict=True):
+            champion, challenger = pair(harm, np.full(50, "a"))
+            passed[name] += judge(compare(champion, challenger, own_subjects(champion), policy), policy).decision == "promote"
+    assert passed["everyone a little"] <= 9
+    # 0.98^50 = 36 % of such samples have nobody harmed in them; two standard deviations of 100 trials are 9.6 %.
+    assert passed["one in fifty by 5 nats"] == pytest.approx(36, abs=10)

@@ -12,11 +12,13 @@ from draf_dist.continual.comparison import Comparison, Slice, compare
 from draf_dist.continual.gate_report import forest, render, write_verdict
 from draf_dist.continual.policy import GatePolicy, load_policy
 from draf_dist.continual.power import subjects_needed
-from draf_dist.continual.verdict import AS_SEEN, NO_DIFFERENCE, Verdict, judge
+from draf_dist.continual.verdict import AS_SEEN, NO_DIFFERENCE, Lineage, Side, Verdict, judge
 from draf_dist.errors import SpecError
 from draf_dist.storage import open_store
 
 POLICY = GatePolicy()
+SIDE = Side(run="run", weights_sha256="0" * 64, job_sha256="0" * 64, release="r@0", temperature=1.0)
+LINEAGE = Lineage(champion=SIDE, challenger=SIDE, holdout="h@0", split="test")
 BE_NO_WORSE = GatePolicy(require="non_inferior")
 
 
@@ -71,7 +73,7 @@ def test_an_open_site_states_how_many_subjects_it_has_and_needs() -> None:
     assert verdict.subjects_needed == int(np.ceil(((1.6448536 + 0.8416212) * 0.5 / 0.05) ** 2)) == 619
     found = verdict.findings[1]
     assert (verdict.decision, found.present, found.needed, found.assumption) == ("cannot_tell", 100, 619, NO_DIFFERENCE)
-    assert any("100 subjects" in reason and "619 would do" in reason for reason in verdict.reasons)
+    assert any("100 subjects" in reason and "619 at site south would do" in reason for reason in verdict.reasons)
 
 
 @pytest.mark.parametrize("harm", [0.03, 0.07])
@@ -87,7 +89,7 @@ def test_harm_equal_to_the_margin_has_no_number() -> None:
     assert (verdict.decision, verdict.sites, verdict.subjects_needed) == ("cannot_tell", ("south",), None)
 
 
-def test_the_site_that_needs_most_gives_the_number() -> None:
+def test_the_open_slice_that_needs_most_gives_the_number_overall_included() -> None:
     slices = (
         part(None, 0.0199, error=0.005),
         part("north", 0.03, error=0.05, subjects=100),
@@ -95,10 +97,13 @@ def test_the_site_that_needs_most_gives_the_number() -> None:
     )
     verdict = judge(comparison(*slices), POLICY)
     assert verdict.sites == ("north", "south")
-    assert verdict.subjects_needed == verdict.findings[2].needed > verdict.findings[1].needed
-    # Overall is open as well, and would need far more: the harm seen is almost the margin.
-    assert verdict.findings[0].needed > verdict.subjects_needed
-    assert judge(comparison(slices[0]), POLICY).subjects_needed == verdict.findings[0].needed
+    # Overall is open as well, and needs far more: the harm seen is almost the margin.
+    assert verdict.subjects_needed == verdict.findings[0].needed > verdict.findings[2].needed > verdict.findings[1].needed
+    assert verdict.needed == f"{verdict.subjects_needed} in all"
+    assert f"{verdict.subjects_needed} in all would do" in verdict.reasons[0]
+    assert verdict.needed in render(verdict.model_copy(update={"lineage": LINEAGE}))
+    without = judge(comparison(part(None, 0.0), *slices[1:]), POLICY)
+    assert without.needed == f"{verdict.findings[2].needed} at site south"
 
 
 def test_sites_that_the_policy_does_not_demand_may_stay_open_but_not_be_harmed() -> None:
@@ -127,6 +132,18 @@ def test_an_improvement_too_small_to_show_has_a_number() -> None:
     verdict = judge(comparison(part(None, -0.004), part("north", -0.004)), POLICY)
     assert (verdict.decision, verdict.sites) == ("cannot_tell", ())
     assert verdict.subjects_needed == subjects_needed(0.004 * 20, 0.004, alpha=0.05, power=0.8)
+
+
+def test_a_gain_at_a_new_site_with_too_few_subjects_is_seen_and_has_a_number() -> None:
+    few = part("west", -0.3, error=0.1, subjects=12, is_new=True)
+    verdict = judge(comparison(part(None, 0.0), few), POLICY.model_copy(update={"sites": ()}))
+    # The level is shared with overall: alpha / 2; at least min_subjects.
+    number = subjects_needed(0.1 * 12**0.5, 0.3, alpha=0.025, power=0.8)
+    assert (verdict.decision, verdict.needed) == ("cannot_tell", f"{max(number, POLICY.min_subjects)} at site west")
+    assert "none was seen" not in verdict.reasons[-1]
+    assert verdict.needed in verdict.reasons[-1]
+    nothing = judge(comparison(part(None, 0.0), part("west", 0.01, subjects=12, is_new=True)), POLICY)
+    assert "none was seen" in nothing.reasons[-1]
 
 
 def test_a_site_new_since_the_champion_may_show_the_improvement() -> None:
@@ -194,6 +211,16 @@ def test_the_page_says_the_verdict_and_escapes_what_comes_from_data(tmp_path) ->
     assert "<script" not in page
     assert not re.search(r"https?://", page)
     assert Verdict.model_validate(json.loads((tmp_path / "verdict.json").read_text())) == verdict
+
+
+def test_a_slice_that_nothing_bounds_is_open_but_may_be_harmed() -> None:
+    unbounded = part("south", 0.03).model_copy(update={"upper": None, "upper_shared": None})
+    verdict = judge(comparison(part(None, -0.1), unbounded), POLICY)
+    assert (verdict.decision, verdict.sites) == ("cannot_tell", ("south",))
+    assert "nothing bounds the harm" in verdict.reasons[1]
+    drawn = forest(list(zip(verdict.comparison.slices, verdict.findings, strict=True)))
+    assert drawn.bars[1].high == drawn.right
+    assert judge(comparison(part(None, -0.1), unbounded.model_copy(update={"lower": 0.06})), POLICY).decision == "refuse"
 
 
 def test_every_bound_is_drawn_inside_the_plot() -> None:

@@ -29,6 +29,8 @@ from draf_dist.schema.study import Rejection, Study
 from draf_dist.sources.delivery import delivery_sha256, read_delivery
 from draf_dist.storage import LocalStore
 
+EAST_TOO = SCHEMA.model_copy(update={"sites": (*SCHEMA.sites, "east")})
+
 
 @pytest.fixture
 def parent(tmp_path: Path) -> Release:
@@ -226,6 +228,14 @@ def test_the_same_delivery_twice_changes_nothing(parent: Release, tmp_path: Path
     assert before.items() <= content(parent).items() | {("HEAD.json", before["HEAD.json"])}
 
 
+def test_the_same_delivery_is_there_whatever_the_card_says(parent: Release, tmp_path: Path) -> None:
+    folder = sealed(tmp_path / "in", sites=SCHEMA.sites)
+    first = take_in(parent, MemoryDelivery(), folder)
+    strange = [MemoryDelivery(schema=changed_schema(step_h=2)), MemoryDelivery(name="other"), at("east")]
+    assert [take_in(parent, card, folder).verdict for card in strange] == ["already there"] * len(strange)
+    assert inspect_delivery(strange[0], folder, parent.url, subject_key=KEY).release.version == first.release.version
+
+
 def test_other_bytes_under_the_same_id_are_refused(parent: Release, tmp_path: Path) -> None:
     take_in(parent, MemoryDelivery(), sealed(tmp_path / "in", "n-1"))
     before = content(parent)
@@ -236,14 +246,40 @@ def test_other_bytes_under_the_same_id_are_refused(parent: Release, tmp_path: Pa
 
 
 def test_studies_that_are_there_already_are_skipped_and_counted(parent: Release, tmp_path: Path) -> None:
-    before = content(parent)
     nothing = take_in(parent, MemoryDelivery(first=30, num_studies=30), sealed(tmp_path / "in", "n-1"))
-    assert (nothing.verdict, nothing.release.version) == ("nothing new", parent.version)
     assert (nothing.delivery.num_studies, nothing.delivery.num_duplicates, nothing.quarantine.num_studies) == (0, 30, 0)
-    assert content(parent) == before
     some = take_in(parent, MemoryDelivery(first=50, num_studies=30), sealed(tmp_path / "more", "n-2"))
     assert (some.delivery.num_studies, some.delivery.num_duplicates) == (20, 10)
     verify(some.release)
+
+
+@pytest.mark.parametrize(
+    ("change", "limit", "duplicates"),
+    [(lambda i, study: study, 0.05, 30), (only(40, lambda study: replace(study, label=1 - study.label)), 0.05, 29)]
+    + [(lambda i, study: replace(study, label=1 - study.label), 1.0, 0)],
+    ids=["all there already", "one changed", "all changed"],
+)
+def test_a_delivery_without_anything_new_is_recorded_and_the_next_one_may_follow_it(
+    parent: Release, tmp_path: Path, change: Callable[[int, Study], Study], limit: float, duplicates: int
+) -> None:
+    # East, a site of this card, has no study in the delivery: the release does not learn of it.
+    source = MemoryDelivery(first=30, num_studies=30, schema=EAST_TOO, change=change)
+    folder = sealed(tmp_path / "in", "n-1")
+    seen = inspect_delivery(source, folder, parent.url, subject_key=KEY, limit=limit)
+    assert (seen.verdict, seen.release.version, open_release(parent.url).version) == ("nothing new", parent.version, parent.version)
+    found = take_in(parent, source, folder, limit=limit)
+    child = found.release
+    assert (found.verdict, found.delivery) == ("nothing new", seen.delivery)
+    assert (found.delivery.num_studies, found.delivery.num_duplicates) == (0, duplicates)
+    assert open_release(parent.url).version == child.version != parent.version
+    assert (child.manifest.parent, child.manifest.shards) == (parent.version, parent.manifest.shards)
+    assert (child.schema, child.stats, child.manifest.counts) == (parent.schema, parent.stats, parent.manifest.counts)
+    assert child.manifest.quarantined == ({OTHER_CONTENT: 30 - duplicates} if duplicates < 30 else {})
+    assert [entry.deliveries for entry in release_log(parent.url)] == [("n-1",), ()]
+    verify(child)
+    again = take_in(parent, source, folder, limit=limit)
+    assert (again.verdict, again.release.version) == ("already there", child.version)
+    assert take_in(parent, MemoryDelivery(), sealed(tmp_path / "next", "n-2", previous_delivery="n-1")).verdict == "ingested"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,13 @@ ROOT = Path(__file__).resolve().parents[2]
 # In two halves, so that no scanner of the repository takes them for real ones.
 AWS_KEY = "AKIA" + "IOSFODNN7EXAMPLE"
 PRIVATE_KEY = "-----BEGIN RSA " + "PRIVATE KEY-----\nMIIEow\n"
+TOKENS = [
+    "ghp" + "_" + "a" * 36,
+    "github" + "_pat_" + "a1_" * 10,
+    "glpat" + "-" + "a1_-" * 5,
+    "sk-ant" + "-api03-" + "a1_-" * 5,
+]
+SIGNED = ["?sv=1&sig=", "?access_token=", "?X-Amz-Security-Token=", "#SharedAccessSignature="]
 JWT = "eyJhbGciOiJIUzI1NiJ9" + ".eyJzdWIiOiIxMjM0NTY3ODkwIn0.abc"
 
 
@@ -61,17 +68,23 @@ def test_key_files_are_refused_by_their_name(name: str) -> None:
     [
         (PRIVATE_KEY, "a private key"),
         (f"note: {AWS_KEY}", "an AWS access key"),
-        ("hf_" + "a" * 34, "a token of GitHub, Hugging Face, Slack or Google"),
+        ("hf_" + "a" * 34, "a token of a well-known service"),
+        *((token, "a token of a well-known service") for token in TOKENS),
+        *((f"release: https://h/x{query}0123abcd", "a signed URL") for query in SIGNED),
         (JWT, "a JSON web token"),
         ("release: https://h/x?X-Amz-Signature=0123abcd", "a signed URL"),
         ("release: s3://user:hunter2@bucket/x", "a URL with credentials"),
         ("release: s3://hunter2@bucket/x", "a URL with credentials"),
+        ("key_passphrase: hunter2", "a key that is named like a secret"),
         ("db_password: hunter2", "a key that is named like a secret"),
         ("auth: subject-key-of-this-hospital", "the value of $DRAF_SUBJECT_KEY"),
+        ("auth: 8letters", "the value of $key_passphrase"),
+        ("auth: with%2Fa%2Fslash", "the value of $AWS_SECRET_ACCESS_KEY"),
     ],
 )
 def test_a_secret_in_a_file_is_told_by_its_kind_and_never_repeated(text: str, what: str) -> None:
-    environment = {"DRAF_SUBJECT_KEY": "subject-key-of-this-hospital", "HOME": "/home/somebody"}
+    environment = {"DRAF_SUBJECT_KEY": "subject-key-of-this-hospital", "key_passphrase": "8letters", "A_TOKEN": "7letter"}
+    environment |= {"AWS_SECRET_ACCESS_KEY": "with/a/slash", "HOME": "/home/somebody"}
     (problem,) = refusals({"job.yaml": text.encode()}, environment)
     assert problem.startswith(f"upload: job.yaml: expected neither data nor secrets, found {what}.")
     assert not [word for word in ("hunter2", AWS_KEY, "MIIEow", "0123abcd", "of-this-hospital") if word in problem]
@@ -138,3 +151,20 @@ def test_what_excludes_one_another_is_refused() -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command, "--status", "--stop"])
     assert ended.value.code == SpecError.exit_code
+
+
+def test_a_manifest_is_no_json(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["submit", str(ROOT / "jobs/finetune_synth.yaml"), "--cluster", str(ROOT / "cluster/profiles/laptop.yaml")]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--render", "kuberay", "--json"])
+    assert ended.value.code == SpecError.exit_code
+    assert "--render --json: expected one of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["token", "disabled"])
+def test_the_token_of_the_cluster_is_looked_for_also_where_a_file_holds_it(tmp_path: Path, mode: str) -> None:
+    (tmp_path / "named").write_text("of-the-file\n")
+    environment = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "named"), "RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "another-one"}
+    (problem,) = refusals({"job.yaml": b"name: of-the-file"}, environment)
+    assert "found Ray's token" in problem
+    assert refusals({"job.yaml": b"name: x"}, {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "nothing")}) == []

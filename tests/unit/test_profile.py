@@ -118,6 +118,7 @@ def test_a_node_holds_as_many_workers_as_the_scarcer_of_cpus_and_gpus_allows() -
         ("nodes_timeout_s: 1800", "nodes_timeout_s: 0", "train.nodes_timeout_s: expected how long to wait"),
         ("address: auto", "address: 10.0.0.1:6379", "train.address: expected auto"),
         ("storage: s3://", "storage: s3://key:word@", "expected a URL without credentials"),
+        ("storage: s3://", "storage: s3://key:word/with/slash@", "expected a URL without credentials"),
         ("namespace: draf", "namespace: Draf", "kubernetes.namespace"),
         ("namespace: draf", "namespace: draf, auth_secret: a_b", "kubernetes.auth_secret"),
         ("namespace: draf", "namespace: draf, gpu_resource: gpu", "kubernetes.gpu_resource"),
@@ -149,3 +150,40 @@ def test_the_schema_of_a_cluster_says_what_its_parts_are() -> None:
     shown = json.loads(CliRunner().invoke(app, ["schema", "cluster"]).stdout)
     assert {"name", "image", "storage", "train", "head", "workers"} <= set(shown["required"])
     assert {"kubernetes", "aws", "gcp"} <= set(shown["properties"])
+
+
+@pytest.mark.parametrize(
+    ("dashboard", "remedy"),
+    [
+        ("evilmod://127.0.0.1", "For example http://127.0.0.1:8265"),
+        ("ray://127.0.0.1:10001", "For example"),
+        ("HTTP://127.0.0.1:8265", "For example"),
+        ("http://", "For example"),
+        ("http:///api", "For example"),
+        ("http://127.0.0.1:8265?x=1", "For example"),
+        ("127.0.0.1:8265", "Write http://127.0.0.1:8265."),
+        ("localhost", "Write http://localhost."),
+        ("auto", "Write http://auto."),
+    ],
+)
+def test_a_dashboard_is_reached_over_http_alone(tmp_path: Path, dashboard: str, remedy: str) -> None:
+    text = (CLUSTER / "profiles" / "laptop.yaml").read_text().replace("http://127.0.0.1:8265", dashboard)
+    assert dashboard in text
+    with pytest.raises(SpecError, match="dashboard: expected an http:// or https:// URL with a host") as caught:
+        load_cluster(written(tmp_path, text))
+    assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize("dashboard", ["user:hunter2@127.0.0.1:8265", "http://user:hunter2@[::1", "evil://user:hunter2@h"])
+def test_a_password_in_a_dashboard_is_not_repeated(tmp_path: Path, dashboard: str) -> None:
+    text = (CLUSTER / "profiles" / "laptop.yaml").read_text().replace("http://127.0.0.1:8265", f"'{dashboard}'")
+    assert dashboard in text
+    with pytest.raises(SpecError) as caught:
+        load_cluster(written(tmp_path, text))
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dashboard", ["https://ray.example.org", "http://[::1]:8265", "https://Gate.example.org:443/ray/a-b"])
+def test_a_dashboard_may_lie_behind_a_gate(tmp_path: Path, dashboard: str) -> None:
+    text = (CLUSTER / "profiles" / "laptop.yaml").read_text().replace("http://127.0.0.1:8265", f"'{dashboard}'")
+    assert load_cluster(written(tmp_path, text)).dashboard == dashboard

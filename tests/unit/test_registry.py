@@ -1,15 +1,20 @@
 """The model registry: what a version is, who may become champion, and that its history survives two users at once."""
 
+import json
 import shutil
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from gate_hospitals import job_of, release_of, write_export
 from small_runs import silent
+from typer.testing import CliRunner
 
+from draf_dist.cli.app import app
+from draf_dist.config.spec import fingerprint
 from draf_dist.continual.comparison import Comparison, Slice
 from draf_dist.continual.policy import GatePolicy
 from draf_dist.continual.registry import DEFAULT_URL, TAG_LENGTH, Registry
@@ -19,7 +24,7 @@ from draf_dist.continual.version import ModelVersion
 from draf_dist.errors import DataError, GateError, SpecError, UnreachableError
 from draf_dist.evaluation.evaluate import read_exported
 from draf_dist.models.build import build_model
-from draf_dist.models.export import WEIGHTS, model_files
+from draf_dist.models.export import DESCRIPTION, WEIGHTS, model_files
 from draf_dist.training.run import train
 from draf_dist.training.run_folder import MODEL, open_run
 
@@ -110,7 +115,8 @@ def test_a_version_is_a_run_with_its_weights(registry: Registry, runs: Path) -> 
 
 def test_the_same_run_again_is_the_same_version(registry: Registry, runs: Path) -> None:
     again = registry.register(MODEL_NAME, str(runs / "run1"))
-    assert (again.version, again.aliases) == (2, ("challenger",))
+    assert (again.version, again.aliases) == (2, ())
+    assert registry.challenger(MODEL_NAME).version == 3
     assert len(registry.versions(MODEL_NAME)) == 3
     assert registry.register(MODEL_NAME, str(runs / "run3")).version == 4
 
@@ -228,6 +234,37 @@ def test_a_verdict_is_kept_whole_however_many_sites_it_has(registry: Registry) -
     assert registry.record_verdict(MODEL_NAME, 2, long).verdict == long
     short = verdict(first, second)
     assert registry.record_verdict(MODEL_NAME, 2, short).verdict == short
+    assert registry.record_verdict(MODEL_NAME, 2, short).verdicts == (long, short)
+
+
+def test_verdicts_pile_up_and_the_newest_decides(registry: Registry) -> None:
+    registry.promote(MODEL_NAME, 1)
+    for decision in ("promote", "refuse"):
+        judge(registry, 2, decision)
+    with pytest.raises(GateError, match="refuse"):
+        registry.promote(MODEL_NAME, 2)
+    judge(registry, 2)
+    assert [each.decision for each in registry.version(MODEL_NAME, 2).verdicts] == ["promote", "refuse", "promote"]
+    registry.promote(MODEL_NAME, 2)
+    first, second = registry.history(MODEL_NAME)
+    assert (first.policy, first.holdout) == ("", "")
+    assert (second.policy, second.holdout) == (fingerprint(GatePolicy())[:8], "h@0")
+
+
+def test_a_verdict_of_which_the_first_part_was_not_written_counts_for_nothing(registry: Registry) -> None:
+    first, second, _ = registry.versions(MODEL_NAME)
+    registry._client.set_model_version_tag(MODEL_NAME, "2", "draf.verdict.0000.001", "half of")
+    assert registry.version(MODEL_NAME, 2).verdict is None
+    assert registry.record_verdict(MODEL_NAME, 2, verdict(first, second)).verdicts == (verdict(first, second),)
+
+
+def test_registering_again_after_a_rollback_makes_no_challenger(registry: Registry, runs: Path) -> None:
+    registry.promote(MODEL_NAME, 1)
+    judge(registry, 2)
+    registry.promote(MODEL_NAME, 2)
+    registry.rollback(MODEL_NAME)
+    assert registry.register(MODEL_NAME, str(runs / "run1")).aliases == ()
+    assert registry.challenger(MODEL_NAME).version == 3
 
 
 def test_a_verdict_on_other_weights_is_not_kept(registry: Registry) -> None:
@@ -248,6 +285,67 @@ def test_damaged_weights_are_neither_promoted_nor_served(runs: Path, tmp_path: P
         registry.promote("other", version.version)
     with pytest.raises(DataError, match="sha256"):
         predict(version, version.release, "test")
+
+
+def test_changed_settings_are_neither_promoted_nor_served(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "run0", tmp_path / "run")
+    registry = Registry(f"sqlite:///{shutil.copy(runs / 'registry.db', tmp_path)}")
+    version = registry.register("other", str(tmp_path / "run"))
+    path = tmp_path / "run" / MODEL / DESCRIPTION
+    description = json.loads(path.read_text())
+    # As readable as before, with the same weights.
+    path.write_text(json.dumps({**description, "draf_dist": "0.0.0"}))
+    with pytest.raises(GateError, match="model.json that was registered"):
+        registry.promote("other", version.version)
+    with pytest.raises(GateError, match="model.json that was registered"):
+        predict(version, version.release, "test")
+    with pytest.raises(GateError, match="none in the registry"):
+        predict(replace(version, model_sha256=""), version.release, "test")
+    assert registry.register("other", str(tmp_path / "run")).version == 2
+
+
+def test_asking_of_a_registry_that_is_not_there_makes_nothing(tmp_path: Path) -> None:
+    registry = Registry(f"sqlite:///{tmp_path / 'typo' / 'registry.db'}")
+    for ask in (registry.rollback, registry.versions, lambda name: registry.promote(name, 1)):
+        with pytest.raises(SpecError, match="found nothing"):
+            ask(MODEL_NAME)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_champion_is_not_judged_against_itself(registry: Registry, url: str) -> None:
+    registry.promote(MODEL_NAME, 1)
+    words = ["models", "gate", MODEL_NAME, "--version", "1", "--holdout", "data@0", "--registry", url]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, SpecError)
+    assert "other than the champion" in str(done.exception)
+
+
+def test_show_lists_every_verdict_with_policy_holdout_and_champion(registry: Registry, url: str) -> None:
+    registry.promote(MODEL_NAME, 1)
+    for decision in ("cannot_tell", "promote"):
+        judge(registry, 2, decision)
+    for which in (MODEL_NAME, f"{MODEL_NAME}@2"):
+        shown = json.loads(CliRunner().invoke(app, ["models", "show", which, "--registry", url, "--json"]).stdout)
+        verdicts = shown["verdicts"] if "@" in which else shown["versions"][1]["verdicts"]
+        assert [each["decision"] for each in verdicts] == ["cannot_tell", "promote"]
+        assert {(each["champion_version"], each["holdout"], each["policy"]) for each in verdicts} == {
+            (1, "h@0", fingerprint(GatePolicy())[:8])
+        }
+        assert CliRunner().invoke(app, ["models", "show", which, "--registry", url]).exit_code == 0
+
+
+def test_predictions_go_to_any_store(registry: Registry, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def refuse(store: str) -> None:
+        opened.append(store)
+        raise SpecError("no store here")
+
+    monkeypatch.setattr("draf_dist.storage.open_store", refuse)
+    for out in ("s3://bucket/some/p.parquet", "p.parquet", "/p.parquet", "folder/"):
+        words = ["models", "predict", f"{MODEL_NAME}@1", "--release", "data", "--registry", url, "--out", out]
+        assert isinstance(CliRunner().invoke(app, words).exception, SpecError)
+    assert opened == ["s3://bucket/some", ".", "/"]
 
 
 def broken(path: Path) -> None:

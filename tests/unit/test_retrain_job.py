@@ -1,10 +1,12 @@
 """What a retraining is told, and what it says when the gate does not let its result through."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import small_job, small_release
 
 from draf_dist.continual.comparison import Comparison, Slice
 from draf_dist.continual.policy import GatePolicy
@@ -12,7 +14,10 @@ from draf_dist.continual.retrain import check_promotes
 from draf_dist.continual.retrain_job import RetrainJob, load_retrain
 from draf_dist.continual.verdict import judge
 from draf_dist.continual.version import ModelVersion
+from draf_dist.data.release import open_release
 from draf_dist.errors import GateError, SpecError
+from draf_dist.training.pin import pin
+from draf_dist.training.run_folder import as_pinned_there, enter_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = {"kind": "retrain", "name": "again", "model": "mortality", "release": "data/icu"}
@@ -44,6 +49,30 @@ def test_a_mistake_in_either_file_is_refused_by_its_name(tmp_path: Path) -> None
 def test_the_job_that_comes_with_the_project_can_be_read() -> None:
     job = load_retrain(ROOT / "jobs" / "retrain_synth.yaml")
     assert job.policy == GatePolicy()
+
+
+def test_the_page_the_readme_and_the_job_speak_of_the_same_model_and_release() -> None:
+    job = load_retrain(ROOT / "jobs" / "retrain_synth.yaml")
+    page, readme = ((ROOT / name).read_text() for name in ("docs/retraining.md", "README.md"))
+    assert set(re.findall(r"--model (\S+?)[`\s]", page)) == {job.model}
+    assert set(re.findall(r"draf models (?:promote|rollback|show) ([a-z]+)", page)) == {job.model}
+    assert set(re.findall(r"--release (\S+?)[`\s]", page)) == {job.release}
+    assert set(re.findall(r"--out (data/\S+)", readme)) == {job.release}
+    (run,) = set(re.findall(r"draf models register (\S+)", page))
+    assert f"--out {run}\n" in readme
+
+
+def test_a_local_release_is_pinned_so_that_another_working_folder_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = Path(small_release(tmp_path, num_subjects=40, seed=0))
+    monkeypatch.chdir(release.parent)
+    pinned = pin(small_job(release.name))
+    assert pinned == pin(small_job(str(release))) == pin(pinned)
+    enter_run(str(tmp_path / "run"), pinned, "continue")
+    monkeypatch.chdir("/")
+    assert open_release(pinned.release).store.url == str(release)
+    # The same command again, from where it was given, finds its run.
+    monkeypatch.chdir(release.parent)
+    assert pin(as_pinned_there(small_job(release.name), str(tmp_path / "run"))).sha256 == pinned.sha256
 
 
 def test_editors_take_a_policy_or_the_path_of_one() -> None:
@@ -81,7 +110,7 @@ def test_a_refusal_names_the_sites_that_are_harmed() -> None:
 def test_a_verdict_that_cannot_tell_says_where_and_how_many_subjects_would_decide() -> None:
     text = said(part(None, -0.2, -0.1), part("riverside", -0.3, 0.4))
     assert "found cannot tell: open at riverside; about " in text
-    assert "holdout subjects would decide" in text
+    assert "holdout subjects that would do: " in text
 
 
 def test_a_challenger_that_is_only_no_worse_is_told_that_no_improvement_is_shown() -> None:
