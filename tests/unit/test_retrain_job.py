@@ -109,8 +109,8 @@ def test_a_refusal_names_the_sites_that_are_harmed() -> None:
 
 def test_a_verdict_that_cannot_tell_says_where_and_how_many_subjects_would_decide() -> None:
     text = said(part(None, -0.2, -0.1), part("riverside", -0.3, 0.4))
-    assert "found cannot tell: open at riverside; about " in text
-    assert "holdout subjects that would do: " in text
+    assert "found cannot tell: open at riverside; holdout subjects that would do: " in text
+    assert " at site riverside." in text
 
 
 def test_a_challenger_that_is_only_no_worse_is_told_that_no_improvement_is_shown() -> None:
