@@ -177,12 +177,28 @@ def _release_of(job: RetrainJob, champion: ModelVersion, out: str | None) -> Rel
     if version is not None:
         return open_release(job.release)
     if out is None:
-        newest = open_release(url)
+        newest = _first_with_its_studies(open_release(url), split_version(champion.release)[1])
         return next(_begun(job, champion, newest), newest)
     there = _release_in(out)
     if there is not None and split_version(there)[0] == open_store(url).url:
         return open_release(there)
     return open_release(url)
+
+
+def _first_with_its_studies(newest: Release, since: str | None) -> Release:
+    """The earliest version with the same shards, not before `since`.
+
+    Deliveries without anything new are no reason to train the same once more.
+    """
+    found = newest
+    for version in lineage(newest.store, newest.manifest)[1:]:
+        if found.version == since:
+            break
+        earlier = open_release(f"{newest.url}@{version}")
+        if earlier.manifest.shards != newest.manifest.shards:
+            break
+        found = earlier
+    return found
 
 
 def _begun(job: RetrainJob, champion: ModelVersion, newest: Release) -> Iterator[Release]:

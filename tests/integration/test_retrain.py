@@ -16,9 +16,9 @@ from draf_dist.cli.app import main
 from draf_dist.continual import retrain as retraining
 from draf_dist.continual.ingest import ingest
 from draf_dist.continual.registry import Registry
-from draf_dist.continual.retrain import plan_retraining
+from draf_dist.continual.retrain import _first_with_its_studies, plan_retraining
 from draf_dist.continual.retrain_job import RetrainJob, load_retrain
-from draf_dist.data.release import Release, open_release
+from draf_dist.data.release import Release, load_release, open_release, release_path, version_of
 from draf_dist.errors import GateError
 from draf_dist.sources.card import load_card
 from draf_dist.sources.synth import synthesise_delivery
@@ -196,6 +196,19 @@ def test_once_it_is_judged_the_next_one_takes_the_newest_version(road: Road) -> 
     assert plan.num_new > before.num_samples
 
 
+def test_a_version_that_adds_no_study_is_no_reason_to_train_again(road: Road) -> None:
+    newest = open_release(road.release)
+    draft = newest.manifest.model_copy(update={"parent": newest.version, "quarantined": {"unreadable": 1}})
+    version = version_of(draft)
+    for name in ("schema.json", "stats.json", "sums.json", "subjects.parquet", "quarantine.json"):
+        newest.store.write(release_path(version, name), newest.store.read(release_path(newest.version, name)))
+    manifest = draft.model_copy(update={"version": version})
+    newest.store.write(release_path(version, "release.json"), manifest.model_dump_json().encode())
+    empty = load_release(newest.url, newest.store, version)
+    assert _first_with_its_studies(empty, road.first).version == newest.version
+    assert _first_with_its_studies(empty, version).version == version
+
+
 def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(road: Road, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(road.folder.rglob("*"))
     assert road.draf("--dry-run", "--json", pinned=False) == 0
@@ -241,9 +254,9 @@ def test_a_holdout_that_the_champion_has_seen_is_refused_before_anything_is_trai
 def test_few_subjects_decide_nothing_and_the_command_says_how_many_would(road: Road, capsys: pytest.CaptureFixture[str]) -> None:
     assert road.draf("--set=policy.min_subjects=500") == 4
     said = capsys.readouterr()
-    assert "cannot tell: open at overall; about " in said.err
+    assert "cannot tell: open at overall; holdout subjects that would do: " in said.err
     assert verdict_of(road.run)["subjects_needed"] >= 500
-    assert f"about {verdict_of(road.run)['subjects_needed']} holdout subjects" in said.err
+    assert f"would do: {verdict_of(road.run)['subjects_needed']} in all" in said.err
 
 
 def test_the_command_again_changes_nothing_until_it_is_told_to_promote(road: Road, capsys: pytest.CaptureFixture[str]) -> None:
