@@ -74,11 +74,16 @@ class Dashboard(JobSubmissionClient):
             session.proxies = {} if is_this_machine(address) else requests.utils.get_environ_proxies(address)
             # An answer that leads elsewhere would take the token along.
             answer = session.request(
-                method, address, data=data, json=json_data, headers=self._headers, timeout=TIMEOUT_S, allow_redirects=False
+                method, address, data=data, json=json_data, headers=self._own_headers(), timeout=TIMEOUT_S, allow_redirects=False
             )
         if answer.status_code in (requests.codes.unauthorized, requests.codes.forbidden):
             raise self._refused()
         return answer
+
+    def _own_headers(self) -> dict[str, str]:
+        """Ray's, but for its token: that is one of another cluster where this process has joined one before."""
+        others = {name: value for name, value in (self._headers or {}).items() if name.lower() != "authorization"}
+        return {**others, **({"Authorization": f"Bearer {self._token}"} if self._token else {})}
 
     def _raise_error(self, r: requests.Response) -> NoReturn:
         """Without the answer's own text, which may be a traceback from inside the cluster."""

@@ -107,6 +107,18 @@ def test_a_netrc_file_does_not_replace_the_token(server: Server, tmp_path: Path,
     assert set(server.seen) == {(VERSION, f"Bearer {TOKEN}")}
 
 
+def test_without_a_token_none_is_sent_even_if_ray_remembers_one(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's core reads a token once per process, and its client adds that one to every request."""
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    dashboard = Dashboard(server.url)
+    dashboard._headers = {"Authorization": "Bearer of-another-cluster"}
+    dashboard.get_version()
+    assert {authorization for _, authorization in server.seen} == {None}
+
+
 def test_the_token_follows_no_answer_that_leads_elsewhere(server: Server) -> None:
     server.will_say(VERSION, (302, {"to": f"{server.url}/elsewhere"}))
     with pytest.raises(UnreachableError, match="found something else"):
