@@ -76,7 +76,7 @@ def test_a_truncated_image_is_quarantined_and_the_rest_goes_on(draf: Draf, ward:
     image_file(ward).write_bytes(content[: len(content) // 2])
     answer = prepare(draf, ward)
     assert answer.code == 0
-    assert "Quarantine: 1 studies (2.1%): broken image 1." in answer.out
+    assert "Quarantine: 1 studies (2.1% of 48): broken image 1." in answer.out
     assert "north/images.csv row 5: broken image" in answer.out
     refused = prepare(draf, ward, "--limit", 0.01, out=ward / "strict")
     assert refused.code == 3
