@@ -37,6 +37,7 @@ class LocalS3:
         self.folder = folder.absolute()
         self.endpoint = ""
         self._access_key, self._secret_key = secrets.token_hex(10), secrets.token_hex(20)
+        self._ports: list[int] = []
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -60,6 +61,11 @@ class LocalS3:
         return None if self._process is None else self._process.pid
 
     def __enter__(self) -> "LocalS3":
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Starts the server; after `stop` again at the same address, with what it held."""
         program = find_weed()
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
@@ -75,7 +81,6 @@ class LocalS3:
         except BaseException:
             self.stop()
             raise
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
@@ -104,13 +109,13 @@ class LocalS3:
         config = self.folder / "s3.json"
         config.touch(mode=0o600)
         config.write_text(json.dumps(self._identities()))
-        ports = free_ports(8)
-        self.endpoint = f"http://{HOST}:{ports[6]}"
+        self._ports = self._ports or free_ports(8)
+        self.endpoint = f"http://{HOST}:{self._ports[6]}"
         # One volume per bucket at first instead of seven, and nothing is sent to anyone.
         environment = os.environ | {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1", "HOME": str(self.folder)}
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [str(program), *self._arguments(ports, config)],
+                [str(program), *self._arguments(self._ports, config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from draf_dist.errors import SpecError, explain
+from draf_dist.storage.traffic import Traffic
 
 
 class MissingError(SpecError):
@@ -16,9 +17,14 @@ class Store(ABC):
 
     Every method may be called from several threads at once. A reader sees an object whole or not at all. What goes wrong is
     raised as: MissingError (nothing at that path), StorageFullError (no room), UnreachableError (no answer, or refused).
+
+    Attributes:
+        url: Where it is.
+        traffic: What was asked of it in this process.
     """
 
     url: str
+    traffic: Traffic
 
     @abstractmethod
     def read(self, path: str) -> bytes:
@@ -28,8 +34,8 @@ class Store(ABC):
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop); shorter, or none, where the object ends before stop."""
 
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """One answer for every [start, stop) asked for, in order."""
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes | memoryview]:
+        """One answer for every [start, stop) asked for, in order. What is near one another is the caller's to join."""
         return [self.read_range(path, start, stop) for start, stop in ranges]
 
     @abstractmethod

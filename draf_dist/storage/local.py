@@ -12,6 +12,7 @@ from pathlib import Path
 
 from draf_dist.errors import DrafError, StorageFullError, UnreachableError, explain
 from draf_dist.storage.base import Store, checked
+from draf_dist.storage.traffic import Traffic
 
 # Names of files that are still being written; never listed, never referred to.
 UNFINISHED = ".draf-unfinished-"
@@ -20,22 +21,23 @@ COPY_BLOCK_BYTES = 2**20
 
 
 class LocalStore(Store):
-    """A folder. It is made when something is first written into it."""
+    """A folder. It is made when something is first written into it. Its traffic counts contents, not what is memory-mapped."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = str(root)
+        self.traffic = Traffic()
 
     def read(self, path: str) -> bytes:
         """See Store."""
         with self._translated(path):
-            return self._file(path).read_bytes()
+            return self._counted(self._file(path).read_bytes())
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """See Store."""
         with self._translated(path), self._file(path).open("rb") as file:
             file.seek(start)
-            return file.read(stop - start)
+            return self._counted(file.read(stop - start))
 
     def read_with_etag(self, path: str) -> tuple[bytes, str]:
         """See Store; the tag is the sha256 of the content."""
@@ -110,8 +112,15 @@ class LocalStore(Store):
         finally:
             temporary.unlink(missing_ok=True)
 
+    def _counted(self, data: bytes) -> bytes:
+        self.traffic.add_request()
+        self.traffic.add_read(len(data))
+        return data
+
     def _publish(self, temporary: Path, path: str) -> None:
         target = self._file(path)
+        self.traffic.add_request()
+        self.traffic.add_written(temporary.stat().st_size)
         temporary.replace(target)
         # The rename itself must survive a power cut, or a later object could refer to a file that is gone.
         descriptor = os.open(target.parent, os.O_RDONLY)

@@ -40,14 +40,6 @@ def test_wrong_credentials_are_refused_as_such(s3: S3, monkeypatch: pytest.Monke
     assert "wrong-but-private" not in str(error)
 
 
-def test_credentials_that_fail_later_are_told_too(s3: S3) -> None:
-    store = open_store(s3.url)
-    store._files = type(store._files)(key="x", secret="y", endpoint_url=s3.server.endpoint, skip_instance_cache=True)
-    for act in (lambda: store.read("a"), lambda: store.write("a", b""), lambda: store.list("a"), lambda: store.create("a", b"")):
-        with pytest.raises(UnreachableError, match="credentials that the store accepts"):
-            act()
-
-
 def test_a_missing_bucket_is_named_with_the_nearest_or_how_to_make_it(s3: S3) -> None:
     bucket = s3.url.removeprefix("s3://")
     error = opening(f"{s3.url[:-1]}x/small")
