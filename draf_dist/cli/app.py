@@ -18,6 +18,7 @@ from draf_dist.cli import (
     evaluate,
     ingest,
     models,
+    plan,
     prepare,
     release,
     retrain,
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.command("synth")(synth.synth)
 app.command("prepare")(prepare.prepare)
 app.command("ingest")(ingest.ingest)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)

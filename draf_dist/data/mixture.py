@@ -5,6 +5,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from draf_dist.data.horizon import Horizon
 from draf_dist.data.order import Draws, Order, require_positive
 from draf_dist.data.permutation import IntArray
 from draf_dist.errors import SpecError, explain
@@ -77,18 +78,36 @@ class Mixture:
 
     def locate(self, source: int, epoch: int, sample: int) -> tuple[int, int]:
         """The (step, entry) at which a sample is drawn in an epoch of its source; exact inverse of draws."""
-        order, weight = self._cut_orders[source], self.weights[source]
+        order = self.cut_orders[source]
         step, entry = order.locate(0, epoch, sample)
         # Of a source, draw number (epoch N + position in the epoch), wherever the mixture's batches are cut.
         draw = epoch * order.num_samples + (step - epoch * order.steps_per_epoch) * order.batch_size + entry
-        place = np.flatnonzero(self._table == source)[draw % weight]
-        mixture_step = (draw // weight * len(self._table) + int(place)) // self.batch_size
+        mixture_step = int(self._step_of(source, np.array([draw]))[0])
         start, stop = self._counts(mixture_step * self.batch_size), self._counts((mixture_step + 1) * self.batch_size)
         return mixture_step, sum(stop[:source]) - sum(start[:source]) + draw - start[source]
+
+    def last_use(self, source: int, epoch: int, samples: IntArray) -> IntArray:
+        """A step after which each sample is not drawn any more in an epoch of its source; less than two windows and a step late."""
+        return self.horizon(source, epoch).last_use(samples)
+
+    def horizon(self, source: int, epoch: int) -> Horizon:
+        """Between which steps samples of an epoch of a source can be drawn."""
+        order = self.cut_orders[source]
+        return replace(order.horizon(0, epoch), step_of=lambda draw: self._step_of(source, epoch * order.num_samples + draw))
+
+    def _step_of(self, source: int, draws: IntArray) -> IntArray:
+        """The steps of a source's draws, counted through its epochs."""
+        periods, rest = np.divmod(draws, self.weights[source])
+        return (periods * len(self._table) + self._places[source][rest]) // self.batch_size
 
     @cached_property
     def _table(self) -> IntArray:
         return chairman_table(self.weights)
+
+    @cached_property
+    def _places(self) -> tuple[IntArray, ...]:
+        """Of every source: its positions in a period."""
+        return tuple(np.flatnonzero(self._table == source) for source in range(len(self.weights)))
 
     @cached_property
     def _prefix_counts(self) -> IntArray:
@@ -102,7 +121,8 @@ class Mixture:
         return [periods * weight + int(count) for weight, count in zip(self.weights, self._prefix_counts[rest], strict=True)]
 
     @cached_property
-    def _cut_orders(self) -> tuple[Order, ...]:
+    def cut_orders(self) -> tuple[Order, ...]:
+        """The orders of the sources as they are drawn from."""
         # A batch holds about B w / D samples of a source; were its order cut into larger batches, one batch of the mixture would
         # meet only some of the groups.
         period = sum(self.weights)
@@ -111,7 +131,7 @@ class Mixture:
 
     def _source_draws(self, source: int, start: int, stop: int) -> Draws:
         """Draws number [start, stop) of a source: the c-th is of its epoch c // N."""
-        order = self._cut_orders[source]
+        order = self.cut_orders[source]
         parts = []
         while start < stop:
             epoch, position = divmod(start, order.num_samples)

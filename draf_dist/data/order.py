@@ -11,9 +11,15 @@ from typing import Protocol
 
 import numpy as np
 
+from draf_dist.data.horizon import Groups, Horizon
 from draf_dist.data.permutation import IntArray, Line, Recent, block_at, permutation
 from draf_dist.errors import SpecError, explain
 from draf_dist.noise import chain
+
+# Of every group, those that are remembered.
+OPEN_WINDOWS = 3
+# The tuple of their sizes, and six int64 in each of two lines.
+BYTES_PER_SHARD = 36 + 2 * 6 * 8
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,29 @@ class Plan(Protocol):
     def locate(self, source: int, epoch: int, sample: int) -> tuple[int, int]:
         """The (step, entry in its global batch) at which a sample is drawn in an epoch of its source."""
 
+    def last_use(self, source: int, epoch: int, samples: IntArray) -> IntArray:
+        """A step after which each sample is not drawn any more in an epoch of its source: int64, one for each.
+
+        Never before the step that draws it, and less than two windows and one step after it.
+        """
+
+    def horizon(self, source: int, epoch: int) -> Horizon:
+        """Between which steps samples of an epoch of a source can be drawn."""
+
+    def num_drawn(self, steps: int) -> tuple[int, ...]:
+        """Draws of every source in the first `steps` steps: each at least as large as for any smaller number of steps."""
+
 
 class TrainingOrder(Plan, Protocol):
-    """What a run follows: a plan that has epochs, and knows without walking how far every source is."""
+    """What a run follows: a plan that has epochs."""
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps between two validations."""
 
-    def num_drawn(self, steps: int) -> tuple[int, ...]:
-        """Draws of every source in the first `steps` steps: each at least as large as for any smaller number of steps."""
+    @property
+    def cut_orders(self) -> "tuple[Order, ...]":
+        """The order of every source, as it is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +133,7 @@ class Order:
         """The (step, entry) at which a sample is drawn in an epoch; exact inverse of draws."""
         if source != 0 or epoch < 0 or not 0 <= sample < self.num_samples:
             raise ValueError(f"no such draw: source {source}, epoch {epoch}, sample {sample} of {self.num_samples}")
-        line = self._line(epoch).position(sample)
+        line = int(self._line(epoch).positions(np.array([sample]))[0])
         group = bisect_right(self._starts, line) - 1
         within = line - self._starts[group]
         for purpose, offset in self._passes(group):
@@ -123,6 +142,27 @@ class Order:
         batch = within // self._slots(group)
         before = sum(stop - start for start, stop in (self._positions(other, batch) for other in range(group)))
         return epoch * self.steps_per_epoch + batch, before + within - batch * self._slots(group)
+
+    def last_use(self, source: int, epoch: int, samples: IntArray) -> IntArray:
+        """A step after which each sample is not drawn any more in an epoch; less than two windows late."""
+        return self.horizon(source, epoch).last_use(samples)
+
+    def horizon(self, source: int, epoch: int) -> Horizon:
+        """Between which steps samples of an epoch can be drawn."""
+        if source != 0 or epoch < 0:
+            raise ValueError(f"no such epoch: source {source}, epoch {epoch}")
+        return Horizon(self._line(epoch), self._groups, lambda draw: epoch * self.steps_per_epoch + draw // self.batch_size)
+
+    @property
+    def cut_orders(self) -> "tuple[Order, ...]":
+        """Itself: there is one source."""
+        return (self,)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it holds at most, in one process: sizes of the shards, the lines of two epochs, three windows of every group."""
+        windows = OPEN_WINDOWS * sum(self._window(group) for group in range(self.num_groups))
+        return BYTES_PER_SHARD * len(self.shard_sizes) + 8 * windows
 
     # Groups. Before group g come slot(g) = floor(g B / G') places of a batch and floor(N slot(g) / B) samples of the line.
 
@@ -133,6 +173,12 @@ class Order:
     @cached_property
     def _starts(self) -> tuple[int, ...]:
         return tuple(self.num_samples * slot // self.batch_size for slot in self._slot_starts)
+
+    @cached_property
+    def _groups(self) -> Groups:
+        windows = [self._window(group) for group in range(self.num_groups)]
+        starts, slot_starts, window = (np.array(cut, np.int64) for cut in (self._starts, self._slot_starts, windows))
+        return Groups(starts, slot_starts, window, self.batch_size, self.num_samples)
 
     def _slots(self, group: int) -> int:
         return self._slot_starts[group + 1] - self._slot_starts[group]
@@ -194,7 +240,7 @@ class Order:
     @cached_property
     def _open(self) -> Recent[IntArray]:
         # A batch may straddle two windows of every group.
-        return Recent(3 * self.num_groups)
+        return Recent(OPEN_WINDOWS * self.num_groups)
 
 
 def rank_entries(num_entries: int, batch_size: int, rank: int, world: int) -> slice:

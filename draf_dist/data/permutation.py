@@ -36,20 +36,25 @@ class Line:
     """The shards of an epoch, permuted and laid end to end. Positions are along the line, samples in manifest order.
 
     ends, starts: int64 (shards,) along the line, in line order; shard: which shard stands there; manifest_starts: its first sample.
+    place, manifest_ends: of every shard in manifest order, where it stands, and one past its last sample.
     """
 
     shard: IntArray
     starts: IntArray
     ends: IntArray
     manifest_starts: IntArray
+    place: IntArray
+    manifest_ends: IntArray
 
     @classmethod
     def of(cls, shard_sizes: tuple[int, ...], key: int) -> "Line":
         """The line of the shards permuted by a key."""
         sizes = np.array(shard_sizes, np.int64)
         shard = permutation(len(sizes), key)
-        ends = np.cumsum(sizes[shard])
-        return cls(shard, ends - sizes[shard], ends, (np.cumsum(sizes) - sizes)[shard])
+        ends, manifest_ends = np.cumsum(sizes[shard]), np.cumsum(sizes)
+        place = np.empty_like(shard)
+        place[shard] = np.arange(len(shard))
+        return cls(shard, ends - sizes[shard], ends, (manifest_ends - sizes)[shard], place, manifest_ends)
 
     def samples(self, positions: IntArray) -> IntArray:
         """The samples at positions of the line."""
@@ -57,11 +62,10 @@ class Line:
         place = np.searchsorted(self.ends, positions, side="right")
         return self.manifest_starts[place] + positions - self.starts[place]
 
-    def position(self, sample: int) -> int:
-        """Where a sample stands in the line."""
-        offset = sample - self.manifest_starts
-        place = int(np.flatnonzero((offset >= 0) & (offset < self.ends - self.starts))[0])
-        return int(self.starts[place] + offset[place])
+    def positions(self, samples: IntArray) -> IntArray:
+        """Where samples stand in the line; the inverse of `samples`."""
+        place = self.place[np.searchsorted(self.manifest_ends, samples, side="right")]
+        return self.starts[place] + samples - self.manifest_starts[place]
 
 
 class Recent(Generic[Value]):

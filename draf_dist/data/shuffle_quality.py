@@ -5,6 +5,10 @@ import numpy as np
 from draf_dist.data.order import Order
 from draf_dist.data.permutation import IntArray
 
+# A variance measured on n batches of two categories scatters by sqrt(2 / n): a tenth with 200.
+MAX_BATCHES = 200
+MAX_EPOCHS = 20
+
 
 def shuffle_quality(order: Order, category: IntArray, *, epoch: int = 0) -> float:
     """Variance of the full batches' shares of each category over that of a full shuffle; 1 is perfect, more is worse.
@@ -20,16 +24,39 @@ def shuffle_quality(order: Order, category: IntArray, *, epoch: int = 0) -> floa
     Raises:
         ValueError: category is not (N,), has but one value, or there are fewer than two full batches.
     """
-    num_samples, batch_size = order.num_samples, order.batch_size
-    full_batches = num_samples // batch_size
+    num_samples = order.num_samples
+    full_batches = num_samples // order.batch_size
     _, index = np.unique(category, return_inverse=True)
     counts = np.bincount(index)
     if len(category) != num_samples or len(counts) < 2 or full_batches < 2:
         raise ValueError(f"expected {num_samples} categories of two kinds or more, and two full batches")
     first = epoch * order.steps_per_epoch
-    batches = [np.bincount(index[order.draws(first + batch).sample], minlength=len(counts)) for batch in range(full_batches)]
-    share, whole = np.array(batches) / batch_size, counts / num_samples
-    # Around the known mean of the epoch, not that of the full batches.
+    batches = np.stack([index[order.draws(first + batch).sample] for batch in range(full_batches)])
+    return variance_ratio(batches, counts, num_samples)
+
+
+def variance_ratio(batches: IntArray, counts: IntArray, num_samples: int) -> float:
+    """The same of some full batches.
+
+    batches: (n, B), the category of every entry, 0 .. K-1. counts: (K,), of each in the whole, or in a part that stands for it.
+    num_samples: N, more than B.
+    """
+    batch_size = batches.shape[1]
+    share = np.stack([np.bincount(batch, minlength=len(counts)) for batch in batches]) / batch_size
+    whole = counts / counts.sum()
+    # Around the known mean of the epoch, not that of the batches.
     measured = np.mean((share - whole) ** 2, axis=0).sum()
     expected = (whole * (1 - whole)).sum() * (num_samples - batch_size) / (batch_size * (num_samples - 1))
     return float(measured / expected)
+
+
+def steps_to_measure(order: Order, max_batches: int = MAX_BATCHES) -> list[int]:
+    """Steps of full batches, evenly spread: over one epoch, or over more where it has fewer batches than are wanted."""
+    full = order.num_samples // order.batch_size
+    if full == 0:
+        return []
+    epochs = min(MAX_EPOCHS, -(-max_batches // full))
+    number = min(max_batches, epochs * full)
+    # The middle of each of so many equal parts.
+    chosen = (2 * np.arange(number) + 1) * epochs * full // (2 * number)
+    return [int(epoch * order.steps_per_epoch + batch) for epoch, batch in zip(*np.divmod(chosen, full), strict=True)]

@@ -1,0 +1,142 @@
+"""`draf plan`: what a training job will read, before anything is read."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from draf_dist.cli.output import JsonOption, SetOption, console, print_json, progress, table
+from draf_dist.errors import SpecError, explain
+
+if TYPE_CHECKING:
+    from draf_dist.data.release import Release
+    from draf_dist.training.forecast import Forecast, SourceForecast
+
+Row = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class CacheRoom:
+    """The cache of this node as the environment sets it; folder and limit_bytes are None where shards are local files."""
+
+    folder: str | None
+    limit_bytes: int | None
+    fits: bool
+
+
+def plan(
+    job: Annotated[Path, typer.Argument(help="The training job (YAML).")],
+    overrides: SetOption = None,
+    world: Annotated[int, typer.Option(min=1, help="Ranks that share a batch.")] = 1,
+    json: JsonOption = False,
+) -> None:
+    """Show what a job will read: steps, rows per rank, shuffle quality, cache, requests. Reads shard indexes, no sample.
+
+    Exits 2 if the cache of this node (DRAF_CACHE_BYTES) is smaller than what the job holds open, as draf train would.
+    Example: draf plan jobs/finetune_synth.yaml --set release=s3://bucket/synth --set batch_size=256 --world 8
+    """
+    from draf_dist.data.release import open_release
+    from draf_dist.training.forecast import forecast
+    from draf_dist.training.jobs import load_job
+    from draf_dist.training.plan import build_plan
+
+    spec = load_job(job, overrides or ())
+    release = open_release(spec.release)
+    with progress() as bar:
+        task = bar.add_task("reading indexes", total=None)
+        found = forecast(build_plan(spec, release), world, lambda done, total: bar.update(task, completed=done, total=total))
+    room = _room(release, found.working_set_bytes)
+    if json:
+        print_json({"job": spec.name, "release": release.pinned_url, "seed": spec.seed, "cache": asdict(room), **asdict(found)})
+    else:
+        _show(f"{spec.name}: {release.pinned_url}", found, room)
+    if not room.fits:
+        raise _too_small(found, room)
+
+
+def _room(release: "Release", needed_bytes: int) -> CacheRoom:
+    from draf_dist.data.node_cache import default_cache
+    from draf_dist.data.pipeline import is_local
+    from draf_dist.data.shard_reader import ShardReader
+
+    if is_local(ShardReader(release, "train")):
+        return CacheRoom(None, None, fits=True)
+    cache = default_cache()
+    return CacheRoom(str(cache.folder), cache.limit_bytes, fits=needed_bytes <= cache.limit_bytes)
+
+
+def _too_small(found: "Forecast", room: CacheRoom) -> SpecError:
+    assert room.limit_bytes is not None  # what is local always fits
+    needed = found.working_set_bytes
+    return SpecError(
+        explain(
+            f"cache of this node, {room.folder}",
+            expected=f"a limit of at least {size(needed)}, the working set",
+            found=size(room.limit_bytes),
+            remedy=f"Set DRAF_CACHE_BYTES={needed} or more, or make open_samples, groups or batch_size of the job smaller.",
+        )
+    )
+
+
+def _show(title: str, found: "Forecast", room: CacheRoom) -> None:
+    console.print(_described(title, [*_steps(found), *_bytes(found, room)]))
+    for source in found.sources:
+        console.print(_described("the release" if len(found.sources) == 1 else f"source {source.name}", _source(source)))
+
+
+def _described(title: str, rows: Sequence[Row]) -> Table:
+    made = table(title, ("", "", "what it means"), rows)
+    made.columns[-1].justify = "left"
+    return made
+
+
+def _steps(found: "Forecast") -> list[Row]:
+    low, high = found.rows
+    rows = str(low) if low == high else f"{low} to {high}"
+    return [
+        ("batch", f"{found.batch_size:,}", f"samples, over all ranks; the epoch's last: {found.last_batch:,}"),
+        ("steps per epoch", f"{found.steps_per_epoch:,}", "between two validations"),
+        ("rows per rank", rows, f"of {found.world}; the most is {found.imbalance:.1%} above the mean"),
+        ("memory of the order", size(found.order_bytes), "in every process"),
+    ]
+
+
+def _bytes(found: "Forecast", room: CacheRoom) -> list[Row]:
+    if room.limit_bytes is None:
+        limit = ("cache limit", "not used", "the shards are local files")
+    else:
+        limit = ("cache limit", size(room.limit_bytes), f"{'enough' if room.fits else 'TOO SMALL'}; {room.folder}")
+    return [
+        ("bytes per epoch", size(found.epoch_bytes), "each block fetched once"),
+        ("requests per epoch", f"{found.epoch_blocks:,}", f"at most: one for each block of {size(found.block_bytes)}"),
+        ("before the first batch", size(found.first_batch_bytes), f"its blocks, for all ranks: {found.first_batch_blocks:,}"),
+        ("working set", size(found.working_set_bytes), f"at most open at once; {found.ahead_steps} steps ahead included"),
+        limit,
+    ]
+
+
+def _source(source: "SourceForecast") -> list[Row]:
+    return [
+        ("samples", f"{source.num_samples:,}", f"in {size(source.read_bytes)}; number of shards: {source.num_shards:,}"),
+        ("groups", f"{source.groups:,}", f"places of the epoch that feed a batch's {source.share:,}"),
+        ("window", f"{source.window:,}", "samples of a group that are shuffled together"),
+        ("shuffle of sites", _ratio(source.site_quality), "variance over a full shuffle's: 1 is perfect,"),
+        ("shuffle of labels", _ratio(source.label_quality), f"more is worse; measured on {source.quality_batches:,} batches"),
+    ]
+
+
+def _ratio(quality: float | None) -> str:
+    return "one kind" if quality is None else f"{quality:.2f}"
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people, in powers of 1000."""
+    value, unit = float(num_bytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
