@@ -24,10 +24,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What needs no server, no cluster and no clock runs two files at a time; the rest has the machine to itself.
+# What starts a Ray cluster, or looks at a clock while it trains on several processes, has the machine to itself; of all the rest
+# two files run at a time.
+ALONE := tests/layout/test_readme.py $(patsubst %,tests/integration/test_%.py,demo ray_executor ray_train submit tune)
+
 test: lint
-	$(BIN)/python -m pytest --durations=10 -n 2 --dist loadfile tests/unit tests/contract tests/numerics tests/layout/test_layers.py
-	$(BIN)/python -m pytest --durations=25 tests/layout/test_readme.py tests/parity tests/integration tests/gpu
+	$(BIN)/python -m pytest --durations=25 -n 2 --dist loadfile tests $(addprefix --ignore=,$(ALONE))
+	$(BIN)/python -m pytest --durations=25 $(ALONE)
 
 demo: $(STAMP)
 	$(BIN)/draf demo --out $(DEMO_DIR)

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from forged_release import forged
 from small_runs import SUBJECT_KEY
 
 from draf_dist.data.prepare import prepare
-from draf_dist.data.release import Release, release_path, version_of
+from draf_dist.data.release import Release
 from draf_dist.sources.card import load_card
 from draf_dist.sources.synth import synthesise
 
@@ -23,9 +24,4 @@ def grown_release(folder: Path, *, num_subjects: int, seed: int) -> tuple[Releas
 def version_without(release: Release, shards: set[str]) -> str:
     """Writes a version of the data set that lacks these shards, by sha256."""
     kept = tuple(shard for shard in release.manifest.shards if shard.sha256 not in shards)
-    manifest = release.manifest.model_copy(update={"shards": kept})
-    manifest = manifest.model_copy(update={"version": version_of(manifest)})
-    for name in ("schema.json", "stats.json", "subjects.parquet", "quarantine.json"):
-        release.store.write(release_path(manifest.version, name), release.store.read(release_path(release.version, name)))
-    release.store.write(release_path(manifest.version, "release.json"), manifest.model_dump_json().encode())
-    return manifest.version
+    return forged(release, shards=kept).version

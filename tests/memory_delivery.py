@@ -4,8 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from memory_source import SCHEMA, MemorySource
+from memory_source import KEY, SCHEMA, MemorySource
 
+from draf_dist.continual.ingest import Ingested, ingest
+from draf_dist.data.release import Release
+from draf_dist.schema.identity import study_uid
+from draf_dist.schema.modality import DataSchema
 from draf_dist.schema.study import Rejection, Study
 from draf_dist.sources.delivery import seal
 
@@ -37,3 +41,26 @@ def sealed(folder: Path, delivery_id: str = "first", content: str = "raw", **abo
     (folder / "east" / "stays.csv").write_text(content)
     seal(folder, delivery_id, **about)  # type: ignore[arg-type]
     return folder
+
+
+def take_in(release: Release, source: MemorySource, folder: Path, **options: object) -> Ingested:
+    return ingest(source, folder, release.url, subject_key=KEY, **options)  # type: ignore[arg-type]
+
+
+def content(release: Release) -> dict[str, bytes]:
+    root = Path(release.url)
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def uid_of(study: Study) -> int:
+    return study_uid(KEY, site=study.site, subject=study.subject, anchor=study.anchor)
+
+
+def splits_of(release: Release) -> dict[int, str]:
+    return dict(zip(release.subjects()["uid"].to_pylist(), release.subjects()["split"].to_pylist(), strict=True))
+
+
+def changed_schema(**changes: object) -> DataSchema:
+    """The schema with fields of its second modality, the vitals, replaced."""
+    image, vitals, history = SCHEMA.modalities
+    return SCHEMA.model_copy(update={"modalities": (image, vitals.model_copy(update=changes), history)})

@@ -23,11 +23,11 @@ def small_model(kind: str = "draf", **options: Any) -> dict[str, Any]:
     return {"kind": kind, "width": 8, "encoders": ENCODERS, **options}
 
 
-def small_release(folder: Path, *, num_subjects: int, seed: int) -> str:
-    """The URL of a release of two synthetic hospitals, made in the folder."""
+def small_release(folder: Path, *, num_subjects: int, seed: int, out: str | None = None) -> str:
+    """The URL of a release of two synthetic hospitals; out: where it is to lie, else in the folder, as their export does."""
     synthesise(folder / "export", num_sites=2, num_subjects=num_subjects, seed=seed)
     source = load_card(folder / "export" / "card.yaml").build(folder / "export" / "raw")
-    return prepare(source, str(folder / "release"), subject_key=SUBJECT_KEY).url
+    return prepare(source, out or str(folder / "release"), subject_key=SUBJECT_KEY).url
 
 
 def small_job(release: str, *, model: dict[str, Any] | None = None, **changes: Any) -> FinetuneJob:

@@ -4,10 +4,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
 from draf_dist.continual.comparison import Slice
 from draf_dist.continual.verdict import Finding, Verdict, counted, name_of
+from draf_dist.evaluation.page import fill
 from draf_dist.evaluation.plots import even_ticks
 from draf_dist.evaluation.report import interval, number, signed
 from draf_dist.storage import Store
@@ -52,16 +51,12 @@ class Forest:
 
 def render(verdict: Verdict) -> str:
     """The page. All text goes through autoescape."""
-    environment = Environment(
-        loader=PackageLoader("draf_dist.continual", ""),
-        autoescape=select_autoescape(["html", "j2"], default=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "interval": interval, "signed": signed, "name": name_of, "counted": counted}
+    filters = {"number": number, "interval": interval, "signed": signed, "name": name_of, "counted": counted}
     rows = list(zip(verdict.comparison.slices, verdict.findings, strict=True))
-    return environment.get_template(TEMPLATE).render(
+    return fill(
+        "draf_dist.continual",
+        TEMPLATE,
+        filters,
         v=verdict,
         headline=HEADLINES[verdict.decision],
         rows=rows,

@@ -1,9 +1,8 @@
 """report.html: the evaluation as one self-contained page that needs no network, no script and no server."""
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
 from draf_dist.evaluation import figures
 from draf_dist.evaluation.figures import MISSING
+from draf_dist.evaluation.page import fill
 from draf_dist.evaluation.results import Cell, Evaluation
 from draf_dist.evaluation.scores import METRICS
 from draf_dist.evaluation.statistics import Estimate
@@ -14,16 +13,12 @@ NOTHING = "–"
 
 def render(evaluation: Evaluation) -> str:
     """The page. All text goes through autoescape; a null is shown as a dash whose hint is its reason."""
-    environment = Environment(
-        loader=PackageLoader("draf_dist.evaluation", ""),
-        autoescape=select_autoescape(["html", "j2"], default=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "interval": interval, "signed": signed, "estimate": estimate_text}
+    filters = {"number": number, "interval": interval, "signed": signed, "estimate": estimate_text}
     sweep, modalities = evaluation.sweep, evaluation.about.modalities
-    return environment.get_template(TEMPLATE).render(
+    return fill(
+        "draf_dist.evaluation",
+        TEMPLATE,
+        filters,
         e=evaluation,
         metrics=METRICS,
         calibration=[figures.calibration_figure(split) for split in evaluation.splits],

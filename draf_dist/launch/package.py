@@ -147,6 +147,7 @@ def _secrets_of(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     yield from ((f"the value of ${name}", value.strip()) for name, value in environment.items() if _SECRET_VARIABLES.search(name))
     # The file is there also where a variable goes before it, or where this shell asks for no token.
     others = {name: value for name, value in environment.items() if name not in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE")}
+    # A path that leads nowhere names no secret that could be in a file; whoever connects is told of it (see ray_dashboard).
     with suppress(SpecError):
         if token := find_token(others):
             yield "Ray's token", token

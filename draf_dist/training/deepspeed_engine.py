@@ -13,13 +13,8 @@ from logging import WARNING, LogRecord
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
-from deepspeed.runtime.utils import register_output_backward_hooks
-from deepspeed.utils import logger, safe_get_full_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
@@ -30,8 +25,17 @@ from draf_dist.errors import SpecError, explain
 from draf_dist.training.bf16 import compute_in_bf16
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.job import OptimizerConfig
+from draf_dist.training.not_imported import not_imported
 from draf_dist.training.reached import Reached
 from draf_dist.training.torch_engine import MODEL_FILE, OPTIMIZER_FILE, load_weights
+
+# DeepSpeed's autotuner imports MLflow wherever it is installed: a quarter of the time that a rank takes to start.
+with not_imported("mlflow"):
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+    from deepspeed.runtime.utils import register_output_backward_hooks
+    from deepspeed.utils import logger, safe_get_full_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
 # Adam's state beside its step counter.
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -119,6 +119,7 @@ class _Fit(threading.Thread):
         try:
             self._result = train_on_ray(job, self._url, self._profile, console=quiet, watch=self._watch)
         except Exception as error:  # noqa: BLE001
+            # Whatever it is: nobody hears of an error in a thread, so `result` raises it again where the trial runs.
             self._error = error
 
     def ask_to_stop(self, reason: str) -> None:

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 from optuna import Study, visualization
 from optuna.trial import TrialState
 from plotly.offline import get_plotlyjs
 
+from draf_dist.evaluation.page import fill
 from draf_dist.tuning.campaign_job import CampaignJob
 from draf_dist.tuning.leaderboard import Leaderboard
 from draf_dist.tuning.rungs import RungEntry
@@ -32,14 +32,10 @@ class Plot:
 
 def render(campaign: CampaignJob, board: Leaderboard, study: Study, entries: list[RungEntry]) -> str:
     """The page; plotly's script is in it once."""
-    environment = Environment(
-        loader=PackageLoader("draf_dist.tuning", ""),
-        autoescape=select_autoescape(["html", "j2"], default=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(TEMPLATE).render(
+    return fill(
+        "draf_dist.tuning",
+        TEMPLATE,
+        {},
         board=board,
         campaign=campaign,
         space={path: describe(parameter) for path, parameter in campaign.space.items()},

@@ -105,8 +105,8 @@ class CampaignSearch(OptunaSearch):
         self.books.record(record)
         failed = record.state == "failed"
         with warnings.catch_warnings():
-            # What it can't tell is told by `settle`.
-            warnings.simplefilter("ignore")
+            # Of what it can't tell, which `settle` tells.
+            warnings.simplefilter("ignore", UserWarning)
             super().on_trial_complete(trial_id, None if failed else found, error=failed)
         self.books.save_study()
         self._on_record(record)

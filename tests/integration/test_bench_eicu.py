@@ -1,8 +1,8 @@
 """`draf bench` on the public eICU demo, at a tiny setting; docs/results.md has the real one. Data are no part of the repository."""
 
-import os
 from pathlib import Path
 
+import public_data
 import pytest
 from typer.testing import CliRunner
 
@@ -10,7 +10,6 @@ from draf_dist.cli.app import app
 from draf_dist.evaluation.bench_results import Bench
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("DRAF_TEST_DATA", ROOT.parent / "shared" / "data"))
 TINY = (
     "folds=2",
     "systems={mean: {}}",
@@ -25,11 +24,10 @@ TINY = (
 
 
 def test_two_folds_of_real_hospitals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not (DATA / "eicu_demo").is_dir():
-        pytest.skip(f"eicu_demo is not below DRAF_TEST_DATA ({DATA})")
+    raw = public_data.folder("eicu_demo")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DRAF_SUBJECT_KEY", "sixteen or more bytes of key")
-    command = ["bench", "jobs/bench_eicu.yaml", "--raw", str(DATA / "eicu_demo"), "--out", str(tmp_path), "--executor", "serial"]
+    command = ["bench", "jobs/bench_eicu.yaml", "--raw", str(raw), "--out", str(tmp_path), "--executor", "serial"]
     for setting in TINY:
         command += ["--set", setting]
     done = CliRunner().invoke(app, command)

@@ -1,17 +1,13 @@
 """Public exports of real hospitals, described by a card alone. The data are no part of the repository: see DRAF_TEST_DATA."""
 
-import os
 from collections import Counter
-from pathlib import Path
 
-import pytest
+import public_data
 
 from draf_dist.config.spec import parse_yaml, validate_spec
 from draf_dist.schema.study import Rejection, Study
 from draf_dist.sources.card import Card
 from draf_dist.sources.hospital_export import HospitalExport
-
-DATA = Path(os.environ.get("DRAF_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
 HEART = """
 name: uci_heart
@@ -62,10 +58,7 @@ modalities:
 
 
 def read(card: str, folder: str) -> tuple[HospitalExport, list[Study], list[Rejection]]:
-    raw = DATA / folder
-    if not raw.is_dir():
-        pytest.skip(f"{folder} is not below DRAF_TEST_DATA ({DATA})")
-    export = HospitalExport(validate_spec(parse_yaml(card, where="card"), Card, where="card"), raw)
+    export = HospitalExport(validate_spec(parse_yaml(card, where="card"), Card, where="card"), public_data.folder(folder))
     items = list(export.studies())
     return export, [i for i in items if isinstance(i, Study)], [i for i in items if isinstance(i, Rejection)]
 

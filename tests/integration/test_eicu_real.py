@@ -3,12 +3,12 @@
 import csv
 import gzip
 import io
-import os
 import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
+import public_data
 import pytest
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
@@ -25,19 +25,12 @@ from draf_dist.sources.base import Source
 from draf_dist.sources.card import load_card
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("DRAF_TEST_DATA", ROOT.parent / "shared" / "data"))
 KEY = b"sixteen or more bytes of key"
-
-
-def raw_folder(name: str) -> Path:
-    if not (DATA / name).is_dir():
-        pytest.skip(f"{name} is not below DRAF_TEST_DATA ({DATA})")
-    return DATA / name
 
 
 @pytest.fixture(scope="module")
 def source() -> Source:
-    return load_card(ROOT / "datasets" / "eicu.yaml").build(raw_folder("eicu_demo"))
+    return load_card(ROOT / "datasets" / "eicu.yaml").build(public_data.folder("eicu_demo"))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +49,7 @@ def release(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Release
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    with gzip.open(raw_folder("eicu_demo") / f"{name}.csv.gz", "rt", newline="") as file:
+    with gzip.open(public_data.folder("eicu_demo") / f"{name}.csv.gz", "rt", newline="") as file:
         return list(csv.DictReader(file))
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
+from small_runs import small_model
 
 from draf_dist.data.corruption import Corruptor, EhrNoise, GaussianNoise, Missing, MissingNotAtRandom, Swap, corrupted_batches
 from draf_dist.data.prepare import prepare
@@ -44,11 +45,6 @@ SWEEP = SweepSettings(
     max_studies=12,
 )
 JOB = EvaluateJob(passes=4, bootstrap=40, sweep=SWEEP)
-ENCODERS = {
-    "image": {"kind": "image2d", "widths": [4, 8], "groups": 2},
-    "series": {"kind": "series_transformer", "hidden": 8, "heads": 2, "blocks": 1},
-    "table": {"kind": "tabular", "hidden": 8},
-}
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +55,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     synthesise(folder / "export", num_sites=4, num_subjects=160, seed=2)
     source = HospitalExport(load_card(folder / "export" / "card.yaml"), folder / "export" / "raw")
     release = prepare(source, str(folder / "release"), subject_key=KEY)
-    model = {"kind": "draf", "width": 8, "encoders": ENCODERS}
     job = FinetuneJob.model_validate(
         {
             "name": "small",
             "release": release.url,
-            "model": model,
+            "model": small_model(),
             "batch_size": 32,
             "epochs": 2,
             "passes_train": 2,
@@ -257,7 +252,7 @@ def test_a_release_that_is_given_fits_nothing(folder: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", ["mean", "concat", "late_mean"])
 def test_every_fusion_model_is_trained_and_evaluated_to_the_report(kind: str, folder: Path, tmp_path: Path) -> None:
     run = open_run(str(folder / "run"))
-    model = {"kind": kind, "width": 8, "encoders": ENCODERS}
+    model = small_model(kind)
     job = {**run.job.model_dump(mode="json"), "name": kind, "model": model, "epochs": 1}
     train(FinetuneJob.model_validate(job), str(tmp_path / "run"), console=Console(file=io.StringIO()))
     found = evaluate(str(tmp_path / "run"), JOB)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import S3
 from gate_hospitals import ODD, fifteen_held_out, invert_labels, job_of, release_of, write_export
 from ruamel.yaml import YAML
 from small_runs import silent
@@ -22,6 +23,7 @@ from draf_dist.continual.verdict import Verdict
 from draf_dist.data.release import open_release
 from draf_dist.errors import DataError, GateError, SpecError
 from draf_dist.models.export import DESCRIPTION, STATS, WEIGHTS
+from draf_dist.storage import open_store
 from draf_dist.training.run import train
 from draf_dist.training.run_folder import RunFolder, open_run
 
@@ -190,6 +192,17 @@ def test_the_road_from_registering_to_rolling_back(folder: Path, tmp_path: Path,
     assert draf("list")["models"] == [{"name": "death", "champion": 1, "challenger": 3, "versions": 3}]
     # The verdict on it was against the version that is champion again.
     assert draf("promote", "death", "--version", 2)["aliases"] == ["champion"]
+
+
+def test_predictions_are_the_same_bytes_in_any_store(
+    folder: Path, tmp_path: Path, draf: Run, s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draf("register", folder / "weak", "--model", "death")
+    for out in ("p.parquet", tmp_path / "elsewhere" / "p.parquet", f"{s3.url}/some/p.parquet"):
+        draf("predict", "death@1", "--release", folder / "true", "--split", "val", "--out", out)
+    written = [open_store(str(url)).read("p.parquet") for url in (tmp_path, tmp_path / "elsewhere", f"{s3.url}/some")]
+    assert written == [written[0]] * 3
 
 
 def test_weights_that_changed_since_they_were_registered_are_not_served(folder: Path, tmp_path: Path, draf: Run) -> None:

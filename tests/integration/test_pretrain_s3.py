@@ -6,31 +6,24 @@ from pathlib import Path
 import pytest
 from conftest import S3
 from rich.console import Console
+from small_runs import ENCODERS, small_release
 
-from draf_dist.data.prepare import prepare
 from draf_dist.errors import DataError, SpecError
-from draf_dist.sources.card import load_card
-from draf_dist.sources.hospital_export import HospitalExport
-from draf_dist.sources.synth import synthesise
 from draf_dist.storage import open_store
 from draf_dist.training.job import FinetuneJob
 from draf_dist.training.pretrain_job import PretrainJob
 from draf_dist.training.run import train
 
-SERIES = {"kind": "series_transformer", "hidden": 8, "heads": 2, "blocks": 1}
-
 
 def test_a_model_is_fine_tuned_from_an_encoder_in_a_bucket_and_knows_which(s3: S3, tmp_path: Path) -> None:
-    synthesise(tmp_path / "export", num_sites=2, num_subjects=60, seed=2)
-    source = HospitalExport(load_card(tmp_path / "export" / "card.yaml"), tmp_path / "export" / "raw")
-    release = prepare(source, f"{s3.url}/release", subject_key=b"a key of the tests")
-    common = {"release": release.url, "batch_size": 16, "epochs": 1}
+    release, encoder = small_release(tmp_path, num_subjects=60, seed=2, out=f"{s3.url}/release"), ENCODERS["series"]
+    common = {"release": release, "batch_size": 16, "epochs": 1}
     objective = {"kind": "masked_values", "modality": "vitals"}
-    pretrain = PretrainJob.model_validate({**common, "name": "pre", "width": 8, "encoder": SERIES, "objective": objective})
+    pretrain = PretrainJob.model_validate({**common, "name": "pre", "width": 8, "encoder": encoder, "objective": objective})
     console = Console(file=io.StringIO())
     assert train(pretrain, f"{s3.url}/pre", console=console).finished
 
-    model = {"kind": "mean", "width": 8, "encoders": {"series": SERIES}}
+    model = {"kind": "mean", "width": 8, "encoders": {"series": encoder}}
     tree = {**common, "name": "fine", "model": model, "passes_train": 1, "passes_eval": 2}
     job = FinetuneJob.model_validate({**tree, "pretrained": {"vitals": f"{s3.url}/pre"}})
     assert train(job, f"{s3.url}/fine", console=console).finished

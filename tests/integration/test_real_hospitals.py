@@ -1,7 +1,6 @@
 """UCI Heart and COVID radiographs from the raw folder to report.html by the command line: a card, a job, no code of their own."""
 
 import json
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import public_data
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
@@ -19,7 +19,6 @@ from draf_dist.data.release import Release, open_release
 from draf_dist.schema.release import SPLITS
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("DRAF_TEST_DATA", ROOT.parent / "shared" / "data"))
 KEY = "sixteen or more bytes of key"
 
 
@@ -31,12 +30,6 @@ class Road:
     release: Release
     run: Path
     evaluated: dict[str, Any]
-
-
-def raw_folder(name: str) -> Path:
-    if not (DATA / name).is_dir():
-        pytest.skip(f"{name} is not below DRAF_TEST_DATA ({DATA})")
-    return DATA / name
 
 
 def draf(*words: object) -> dict[str, Any]:
@@ -62,12 +55,12 @@ def travel(name: str, raw: Path, out: Path, *settings: str) -> Road:
 
 @pytest.fixture(scope="module")
 def heart(tmp_path_factory: pytest.TempPathFactory) -> Road:
-    return travel("uci_heart", raw_folder("uci_heart"), tmp_path_factory.mktemp("heart"))
+    return travel("uci_heart", public_data.folder("uci_heart"), tmp_path_factory.mktemp("heart"))
 
 
 @pytest.fixture(scope="module")
 def chest(tmp_path_factory: pytest.TempPathFactory) -> Road:
-    return travel("covid_cxr", raw_folder("covid_chestxray"), tmp_path_factory.mktemp("chest"))
+    return travel("covid_cxr", public_data.folder("covid_chestxray"), tmp_path_factory.mktemp("chest"))
 
 
 @pytest.fixture(params=["heart", "chest"])
@@ -122,7 +115,7 @@ def test_chest_has_the_counts_of_its_page_and_quarantines_nothing(chest: Road) -
 def test_another_label_is_one_option_and_brings_rows_of_its_own_up_to_the_report(
     label: str, num_studies: int, num_subjects: int, classes: dict[str, int], tmp_path: Path
 ) -> None:
-    road = travel("covid_cxr", raw_folder("covid_chestxray"), tmp_path, f"label={label}")
+    road = travel("covid_cxr", public_data.folder("covid_chestxray"), tmp_path, f"label={label}")
     subjects = road.release.subjects()
     assert (subjects.num_rows, len(set(subjects["subject"].to_pylist()))) == (num_studies, num_subjects)
     assert Counter(subjects["label"].to_pylist()) == classes
@@ -136,7 +129,8 @@ def test_another_label_is_one_option_and_brings_rows_of_its_own_up_to_the_report
 
 
 def test_rows_whose_label_is_not_known_are_quarantined_by_reason_where_the_card_asks_for_them(tmp_path: Path) -> None:
-    words = ("prepare", ROOT / "datasets" / "covid_cxr.yaml", "--raw", raw_folder("covid_chestxray"), "--out", tmp_path / "all")
+    raw = public_data.folder("covid_chestxray")
+    words = ("prepare", ROOT / "datasets" / "covid_cxr.yaml", "--raw", raw, "--out", tmp_path / "all")
     prepared = draf(*words, "--set", "label=icu", "--set", "labels.icu.where={}", "--limit", "0.9")
     # Of 215 frontal radiographs 123 cells are empty, and two say "Would have been stated".
     assert prepared["quarantined"] == {"no label": 123, "unknown label": 2}
@@ -174,7 +168,7 @@ def test_the_report_opens_without_a_network_and_names_what_was_measured(road: Ro
 
 
 def test_no_patient_identifier_of_the_collection_is_in_what_the_run_leaves(chest: Road) -> None:
-    raw = raw_folder("covid_chestxray")
+    raw = public_data.folder("covid_chestxray")
     files = {path.name for path in (raw / "images").iterdir() if len(path.name) > 12}
     left = b"".join(path.read_bytes() for path in chest.run.rglob("*") if path.suffix in {".html", ".json", ".jsonl", ".yaml"})
     assert not [name for name in files if name.encode() in left]

@@ -1,5 +1,6 @@
 """From a delivery to a new champion by `draf retrain`: killed on the way, overtaken by the next delivery, promoted, rolled back."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,24 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
+from forged_release import forged
 from small_runs import SUBJECT_KEY, silent, small_job, small_model, small_release
 
 from draf_dist.cli.app import main
-from draf_dist.continual import retrain as retraining
 from draf_dist.continual.ingest import ingest
 from draf_dist.continual.registry import Registry
 from draf_dist.continual.retrain import _first_with_its_studies, plan_retraining
 from draf_dist.continual.retrain_job import RetrainJob, load_retrain
-from draf_dist.data.release import Release, load_release, open_release, release_path, version_of
-from draf_dist.errors import GateError
+from draf_dist.data.release import Release, open_release
 from draf_dist.sources.card import load_card
 from draf_dist.sources.synth import synthesise_delivery
 from draf_dist.training.job import FinetuneJob
 from draf_dist.training.ledger import receipts_by_source
 from draf_dist.training.plan import build_plan
 from draf_dist.training.run import train
-from draf_dist.training.run_folder import RunFolder, open_run
+from draf_dist.training.run_folder import open_run
 from draf_dist.training.summary import summarise
 
 pytestmark = pytest.mark.timeout(600)
@@ -198,15 +200,9 @@ def test_once_it_is_judged_the_next_one_takes_the_newest_version(road: Road) -> 
 
 def test_a_version_that_adds_no_study_is_no_reason_to_train_again(road: Road) -> None:
     newest = open_release(road.release)
-    draft = newest.manifest.model_copy(update={"parent": newest.version, "quarantined": {"unreadable": 1}})
-    version = version_of(draft)
-    for name in ("schema.json", "stats.json", "sums.json", "subjects.parquet", "quarantine.json"):
-        newest.store.write(release_path(version, name), newest.store.read(release_path(newest.version, name)))
-    manifest = draft.model_copy(update={"version": version})
-    newest.store.write(release_path(version, "release.json"), manifest.model_dump_json().encode())
-    empty = load_release(newest.url, newest.store, version)
+    empty = forged(newest, parent=newest.version, quarantined={"unreadable": 1})
     assert _first_with_its_studies(empty, road.first).version == newest.version
-    assert _first_with_its_studies(empty, version).version == version
+    assert _first_with_its_studies(empty, empty.version).version == empty.version
 
 
 def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(road: Road, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,19 +231,25 @@ def test_what_the_gate_would_refuse_is_refused_before_anything_is_trained(
     assert sorted(road.folder.rglob("*")) == before
 
 
+def with_a_leak(release: Release, trained_on: Release) -> Release:
+    """A version after the release in whose test split is a subject that `trained_on` has in train."""
+    told, subjects = trained_on.subjects().to_pydict(), release.subjects()
+    leaked = told["component"][told["split"].index("train")]
+    split = pc.if_else(pc.equal(subjects["component"], leaked), "test", subjects["split"])
+    buffer = io.BytesIO()
+    pq.write_table(subjects.set_column(subjects.column_names.index("split"), "split", split), buffer)
+    return forged(release, {"subjects.parquet": buffer.getvalue()}, parent=release.version)
+
+
 def test_a_holdout_that_the_champion_has_seen_is_refused_before_anything_is_trained(
-    road: Road, monkeypatch: pytest.MonkeyPatch
+    road: Road, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen: list[tuple[list[str], str]] = []
-
-    def leaks(runs: dict[str, RunFolder], holdout: Release, split: str) -> None:
-        seen.append(([run.url for run in runs.values()], holdout.version))
-        raise GateError("seen")
-
-    monkeypatch.setattr(retraining, "check_never_trained_on", leaks)
+    leaky = with_a_leak(open_release(road.release), open_release(finetuning(road.folder / "champion").release))
     before = sorted(road.folder.rglob("*"))
-    assert road.draf("--dry-run", pinned=False) == road.draf(pinned=False) == 4
-    assert seen == [([str(road.folder / "champion")], road.second)] * 2
+    for words in (["--dry-run"], []):
+        assert road.draf(f"--set=release={leaky.pinned_url}", *words, pinned=False) == 4
+        assert "champion: trained on" in (said := capsys.readouterr().err)
+        assert "expected no holdout subject in its train or val split, found 1 of" in said
     assert sorted(road.folder.rglob("*")) == before
 
 

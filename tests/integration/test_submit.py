@@ -17,10 +17,11 @@ from typing import Any
 
 import psutil
 import pytest
-from rich.console import Console
+import torch
+from forked_ranks import run_on_ranks
+from small_runs import silent, small_model, small_release
 
 from draf_dist.cli.app import main
-from draf_dist.data.prepare import prepare
 from draf_dist.errors import GateError, SpecError, UnreachableError
 from draf_dist.launch.bundle import Bundle, bundle
 from draf_dist.launch.cluster_profile import ClusterProfile, load_cluster
@@ -30,23 +31,16 @@ from draf_dist.launch.package import Package, find_token, pack
 from draf_dist.launch.ray_cluster import TOKEN
 from draf_dist.launch.ray_dashboard import Dashboard
 from draf_dist.launch.ray_jobs import check_succeeded, follow, submit
-from draf_dist.launch.ray_train import train_on_ray
-from draf_dist.sources.card import load_card
-from draf_dist.sources.synth import synthesise
 from draf_dist.storage import open_store
+from draf_dist.training.deepspeed_config import DeepSpeedConfig
+from draf_dist.training.deepspeed_engine import DeepSpeedRanks
+from draf_dist.training.interrupt import Interrupt
 from draf_dist.training.jobs import load_job
 from draf_dist.training.journal import read_lines
+from draf_dist.training.run import attempt, begin
 
 EPOCHS = 24
 PAUSE_S = 3.0
-SMALL_MODEL = {
-    "kind": "mean",
-    "encoders": {
-        "image": {"kind": "image2d", "widths": [4, 8], "groups": 2},
-        "series": {"kind": "series_transformer", "hidden": 8, "heads": 2, "blocks": 1},
-        "table": {"kind": "tabular", "hidden": 8},
-    },
-}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -119,17 +113,15 @@ class World:
 @pytest.fixture(scope="module")
 def world(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("submit")
-    synthesise(folder / "export", num_sites=2, num_subjects=120, seed=1)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3_server.environment.items():
             patch.setenv(name, value)
         bucket = s3_server.create_bucket("test-submit")
-        source = load_card(folder / "export" / "card.yaml").build(folder / "export" / "raw")
-        release = prepare(source, f"{bucket}/release", subject_key=b"a key of the tests")
+        release = small_release(folder, num_subjects=120, seed=1, out=f"{bucket}/release")
         with LocalRay(TOKEN, cpus=1, more_raylets=1) as ray:
             for name, value in ray.environment.items():
                 patch.setenv(name, value)
-            job = {"name": "submitted", "release": release.url, "model": SMALL_MODEL, "batch_size": 12, "epochs": EPOCHS}
+            job = {"name": "submitted", "release": release, "model": small_model("mean"), "batch_size": 12, "epochs": EPOCHS}
             (folder / "job.yaml").write_text(json.dumps({**job, "patience": EPOCHS, "passes_train": 2, "passes_eval": 3}))
             made = World(ray, folder, f"{bucket}/runs")
             made.write_profile("cluster.yaml", ray.dashboard)
@@ -325,12 +317,17 @@ def test_nothing_but_the_job_is_printed(story: Story) -> None:
     assert {line.split()[0] for line in story.again[begin + 1 :] if line} <= {"epoch", "Finished", "Run:"}
 
 
-def test_the_losses_of_a_submitted_run_are_those_of_the_local_run_bit_for_bit(world: World, story: Story, tmp_path: Path) -> None:
-    profile = world.profile.train.model_copy(update={"address": None, "cpus_per_worker": 0.5})
-    local = train_on_ray(load_job(world.job), str(tmp_path / "local"), profile, console=Console(quiet=True))
-    assert losses(local.url) == losses(story.in_the_end["run_url"])
+def run_rank(rank: int, world: int, url: str, config: DeepSpeedConfig) -> None:
+    """A rank of this machine, without any cluster."""
+    assert attempt(url, DeepSpeedRanks(config, torch.device("cpu")), silent(), Interrupt()).finished
+
+
+def test_the_losses_of_a_submitted_run_are_those_of_plain_ranks_bit_for_bit(world: World, story: Story, tmp_path: Path) -> None:
+    local = begin(load_job(world.job), str(tmp_path / "local")).url
+    run_on_ranks(run_rank, world.profile.train.workers, local, world.profile.train.deepspeed)
+    assert losses(local) == losses(story.in_the_end["run_url"])
     model = "model/model.safetensors"
-    assert open_store(local.url).read(model) == open_store(story.in_the_end["run_url"]).read(model)
+    assert open_store(local).read(model) == open_store(story.in_the_end["run_url"]).read(model)
 
 
 def test_the_cluster_is_told_no_secret(world: World, story: Story) -> None:

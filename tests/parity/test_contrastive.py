@@ -4,7 +4,6 @@ All cases of one world size share one set of processes: starting them costs more
 """
 
 import json
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,22 +12,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from deepspeed.utils import safe_get_full_grad
+from forked_ranks import run_on_ranks
 from model_inputs import pass_keys, small_batch, small_schema
+from small_runs import small_release
 from torch import Tensor, nn
 
 from draf_dist.data.order import rank_entries
-from draf_dist.data.prepare import prepare
 from draf_dist.data.release import open_release
 from draf_dist.losses.gather import AllGather, Gather, one_process
 from draf_dist.models.encoders import Image2dConfig
 from draf_dist.objectives.pretrain import build_network
 from draf_dist.objectives.pretrain_simclr import SimclrConfig
 from draf_dist.schema.batch import Batch, Term
-from draf_dist.sources.card import load_card
-from draf_dist.sources.hospital_export import HospitalExport
-from draf_dist.sources.synth import synthesise
 from draf_dist.training.backend import Backend
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.deepspeed_engine import DeepSpeedRanks
@@ -161,9 +157,7 @@ def validation(job_json: str, backend: Backend) -> dict[str, float]:
     return stage.validate(stage.model, backend)
 
 
-def run_rank(rank: int, world: int, port: int, jobs: dict[str, str], out: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+def run_rank(rank: int, world: int, jobs: dict[str, str], out: Path) -> None:
     with repeatable(1, torch.device("cpu")):
         for engine, run in ENGINES.items():
             for accumulation in ACCUMULATIONS:
@@ -172,23 +166,13 @@ def run_rank(rank: int, world: int, port: int, jobs: dict[str, str], out: Path) 
         for kind, job_json in jobs.items():
             numbers = validation(job_json, DeepSpeedRanks(DeepSpeedConfig(), torch.device("cpu")))
             (out / f"{kind}-{world}-{rank}.json").write_text(json.dumps(numbers))
-    dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A pre-training job of every kind, as JSON. Seven rows do not go evenly into ranks, nor the split into sevens."""
-    folder = tmp_path_factory.mktemp("data")
-    synthesise(folder / "export", num_sites=2, num_subjects=60, seed=1)
-    source = HospitalExport(load_card(folder / "export" / "card.yaml"), folder / "export" / "raw")
-    release = prepare(source, str(folder / "release"), subject_key=b"a key of the tests")
-    tree = {"name": "pre", "release": release.url, "width": 8, "batch_size": 7}
+    release = small_release(tmp_path_factory.mktemp("data"), num_subjects=60, seed=1)
+    tree = {"name": "pre", "release": release, "width": 8, "batch_size": 7}
     objectives = [{"kind": "simclr", "modality": "cxr"}, {"kind": "masked_values", "modality": "vitals"}]
     made = [PretrainJob.model_validate({**tree, "objective": objective}) for objective in objectives]
     return {job.objective.kind: job.model_dump_json() for job in made}
@@ -198,7 +182,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def ranks(request: pytest.FixtureRequest, jobs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """How many there were, and where the runs of each are."""
     world, out = request.param, tmp_path_factory.mktemp("out")
-    mp.spawn(run_rank, (world, free_port(), jobs, out), nprocs=world)
+    run_on_ranks(run_rank, world, jobs, out)
     return world, out
 
 

@@ -1,13 +1,12 @@
 """Rule D3: NT-Xent over ranks is NT-Xent of one process, in value and gradient, and what goes wrong otherwise."""
 
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked_ranks import run_on_ranks
 from torch import Tensor
 
 from draf_dist.losses.gather import AllGather, Embeddings, Gather, one_process
@@ -48,11 +47,8 @@ def detached(gather: Gather) -> Gather:
     return without_gradient
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
-    groups = {size: dist.new_group(list(range(size))) for size in range(1, WORLD + 1)}
+def run_rank(rank: int, world: int, folder: str) -> None:
+    groups = {size: dist.new_group(list(range(size))) for size in range(1, world + 1)}
     batch, encoder = whole_batch()
     results = {}
     for name, sizes in CUTS.items():
@@ -66,14 +62,12 @@ def run_rank(rank: int, folder: str) -> None:
             results[name, way] = summed
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def over_ranks() -> dict[tuple[str, str], Tensor]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, args=(folder,), nprocs=WORLD)
+        run_on_ranks(run_rank, WORLD, folder)
         loaded: dict[tuple[str, str], Tensor] = torch.load(Path(folder, "results.pt"))
     return {key: summed[:-1] / summed[-1] for key, summed in loaded.items()}
 

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked_ranks import run_on_ranks
 from grown_release import grown_release
 from small_runs import silent, small_job, small_model, small_release
 
 from draf_dist.data.release import open_release
 from draf_dist.errors import InterruptedRunError, SpecError
-from draf_dist.launch.local_s3 import free_ports
 from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.deepspeed_engine import DeepSpeedRanks
@@ -40,10 +38,8 @@ class StopAfter:
         return "SIGTERM" if self.asked_at is not None and self.times >= self.asked_at else None
 
 
-def run_rank(rank: int, world: int, port: int, url: str, stop_at: int | None, stage: int) -> None:
+def run_rank(rank: int, world: int, url: str, stop_at: int | None, stage: int) -> None:
     """One process: carries the run on. Only the last rank hears that it is to stop."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     backend = DeepSpeedRanks(DeepSpeedConfig.model_validate({"zero_stage": stage}), torch.device("cpu"))
     stop = StopAfter(stop_at if rank == world - 1 else None)
     if stop_at is None:
@@ -51,12 +47,10 @@ def run_rank(rank: int, world: int, port: int, url: str, stop_at: int | None, st
     else:
         with pytest.raises(InterruptedRunError):
             attempt(url, backend, silent(), stop)
-    dist.destroy_process_group()
 
 
 def on_ranks(job: FinetuneJob, out: Path, world: int, *, stop_at: int | None = None, stage: int = 2) -> Path:
-    (port,) = free_ports(1)
-    mp.spawn(run_rank, (world, port, begin(job, str(out)).url, stop_at, stage), nprocs=world)
+    run_on_ranks(run_rank, world, begin(job, str(out)).url, stop_at, stage)
     return out
 
 

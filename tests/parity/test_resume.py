@@ -96,8 +96,8 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
     record = Tracker.step
 
-    def recorded(self: Tracker, report: Any) -> None:
-        record(self, report)
+    def recorded(self: Tracker, report: Any, supply: Any) -> None:
+        record(self, report, supply)
         if report.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -205,8 +205,8 @@ def test_an_attempt_that_was_overtaken_stops_at_its_next_checkpoint(job: Finetun
 
     record = Tracker.step
 
-    def overtaken(self: Tracker, report: Any) -> None:
-        record(self, report)
+    def overtaken(self: Tracker, report: Any, supply: Any) -> None:
+        record(self, report, supply)
         if report.step == 4:
             (tmp_path / "run" / FENCE).write_text("another attempt")
 

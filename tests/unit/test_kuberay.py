@@ -1,13 +1,13 @@
 """What is rendered for KubeRay: valid by the schema of its custom resource, safe by default, and the job that was asked for."""
 
 import json
-import os
 import shlex
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import public_data
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -23,9 +23,6 @@ from draf_dist.launch.cluster_profile import ClusterProfile, load_cluster
 from draf_dist.launch.profile import RayProfile
 from draf_dist.launch.render import render
 from draf_dist.training.jobs import parse_job
-
-DATA = Path(os.environ.get("DRAF_TEST_DATA", ROOT.parent / "shared" / "data"))
-SCHEMA = DATA / "kuberay" / "RayJob.v1.schema.json"
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as shipped": {},
@@ -57,9 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @cache
 def validator() -> Draft7Validator:
-    if not SCHEMA.exists():
-        pytest.skip(f"kuberay is not below DRAF_TEST_DATA ({DATA})")
-    return Draft7Validator(json.loads(SCHEMA.read_text()))
+    return Draft7Validator(json.loads((public_data.folder("kuberay") / "RayJob.v1.schema.json").read_text()))
 
 
 def violations(job: dict[str, Any]) -> list[str]:

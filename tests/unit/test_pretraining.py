@@ -10,15 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from small_runs import ENCODERS, small_model, small_release
 
-from draf_dist.data.prepare import prepare
 from draf_dist.data.release import open_release
 from draf_dist.errors import DataError, InterruptedRunError, SpecError
 from draf_dist.models.backbones import Backbones, module_name
 from draf_dist.models.encoder_export import ENCODER_DESCRIPTION, ENCODER_WEIGHTS
-from draf_dist.sources.card import load_card
-from draf_dist.sources.hospital_export import HospitalExport
-from draf_dist.sources.synth import synthesise
 from draf_dist.storage import open_store
 from draf_dist.training.finetune import build_finetuning
 from draf_dist.training.job import FinetuneJob
@@ -32,21 +29,13 @@ from draf_dist.training.run import RunResult, attempt, begin, train
 from draf_dist.training.run_folder import Fence
 from draf_dist.training.torch_engine import OneProcess
 
-ENCODERS = {
-    "image": {"kind": "image2d", "widths": [4, 8], "groups": 2},
-    "series": {"kind": "series_transformer", "hidden": 8, "heads": 2, "blocks": 1},
-    "table": {"kind": "tabular", "hidden": 8},
-}
 OBJECTIVES = {"image": {"kind": "simclr", "modality": "cxr"}, "series": {"kind": "masked_values", "modality": "vitals"}}
 BACKEND = OneProcess()
 
 
 @pytest.fixture(scope="module")
 def release_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("data")
-    synthesise(folder / "export", num_sites=2, num_subjects=60, seed=1)
-    source = HospitalExport(load_card(folder / "export" / "card.yaml"), folder / "export" / "raw")
-    return prepare(source, str(folder / "release"), subject_key=b"a key of the tests").url
+    return small_release(tmp_path_factory.mktemp("data"), num_subjects=60, seed=1)
 
 
 def pretraining(release_url: str, kind: str, **changes: Any) -> PretrainJob:
@@ -56,7 +45,7 @@ def pretraining(release_url: str, kind: str, **changes: Any) -> PretrainJob:
 
 def finetuning(release_url: str, **changes: Any) -> FinetuneJob:
     tree = {"name": "fine", "release": release_url, "batch_size": 16, "epochs": 1, "passes_train": 1, "passes_eval": 2}
-    return FinetuneJob.model_validate({**tree, "model": {"kind": "mean", "width": 8, "encoders": ENCODERS}, **changes})
+    return FinetuneJob.model_validate({**tree, "model": small_model("mean"), **changes})
 
 
 def run(job: PretrainJob | FinetuneJob, out: Path, **options: Any) -> RunResult:
@@ -214,7 +203,7 @@ def test_a_damaged_encoder_is_found_when_it_is_loaded(runs: dict[str, Path], tmp
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": {"kind": "mean", "width": 16, "encoders": ENCODERS}}, "pretrained.cxr: model.width: expected 16, found 8"),
+        ({"model": small_model("mean", width=16)}, "pretrained.cxr: model.width: expected 16, found 8"),
         ({"model": {"kind": "mean", "width": 8}}, "pretrained.cxr: encoder: widths"),
     ],
 )

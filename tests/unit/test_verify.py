@@ -7,17 +7,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forged_release import forged
 from memory_delivery import EAST, MemoryDelivery, sealed
 from memory_source import KEY, SCHEMA, MemorySource
 
 from draf_dist.continual.ingest import ingest
 from draf_dist.data.prepare import prepare
-from draf_dist.data.release import Release, index_path, load_release, open_release, release_path, tar_path, version_of
+from draf_dist.data.release import Release, index_path, load_release, open_release, release_path, tar_path
 from draf_dist.data.shards import Member, ShardWriter, encode_index, extension, index_tar
 from draf_dist.data.verify import verify
 from draf_dist.errors import DataError
 from draf_dist.schema.identity import uid_name
-from draf_dist.schema.release import ReleaseManifest, ShardRecord
+from draf_dist.schema.release import ShardRecord
 
 
 @pytest.fixture
@@ -35,20 +36,6 @@ def flip(position: int) -> Callable[[bytearray], bytearray]:
         return data
 
     return change
-
-
-def forged(release: Release, parts: dict[str, bytes] | None = None, **changes: object) -> Release:
-    """A release that agrees with its own digests but not with its shards: what a faulty or hostile writer would leave."""
-    names = ["schema.json", "stats.json", "subjects.parquet", "quarantine.json"] + ["sums.json"] * bool(release.manifest.deliveries)
-    files = {name: release.store.read(release_path(release.version, name)) for name in names} | (parts or {})
-    digests = {f"{name.split('.')[0]}_sha256": hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    draft = ReleaseManifest.model_validate(release.manifest.model_dump() | digests | changes)
-    version = version_of(draft)
-    for name, data in files.items():
-        release.store.write(release_path(version, name), data)
-    manifest = draft.model_copy(update={"version": version})
-    release.store.write(release_path(version, "release.json"), manifest.model_dump_json().encode())
-    return open_release(f"{release.url}@{version}")
 
 
 def test_a_whole_release_passes_and_is_counted(release: Release) -> None:
