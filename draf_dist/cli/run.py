@@ -1,13 +1,17 @@
 """`draf run show | report | trace`."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from draf_dist.cli.output import JsonOption, console, print_json, table
 from draf_dist.errors import SpecError, explain
+
+if TYPE_CHECKING:
+    from draf_dist.data.loader_stats import LoaderStats
 
 app = typer.Typer(no_args_is_help=True)
 RunArgument = Annotated[str, typer.Argument(help="URL of the run folder.")]
@@ -35,6 +39,7 @@ def show(run: RunArgument, json: JsonOption = False) -> None:
         ("source epochs", f"{len(summary.samples)}, {complete}"),
         ("receipts", planned),
         ("checkpoints at", ", ".join(map(str, summary.checkpoints)) or "-"),
+        *_data_rows(summary.data, summary.seconds),
         *((f"seconds: {kind.replace('_', ' ')}", f"{seconds:.1f}") for kind, seconds in sorted(summary.seconds.items())),
     ]
     console.print(table(f"{summary.name}: {summary.url}", ("", ""), rows))
@@ -42,6 +47,18 @@ def show(run: RunArgument, json: JsonOption = False) -> None:
         (e["epoch"], e["step"], f"{e[summary.score]:.4f}", "best" if e["step"] == summary.best_step else "") for e in summary.epochs
     ]
     console.print(table("validation", ("epoch", "step", summary.score, ""), epochs))
+
+
+def _data_rows(data: "LoaderStats", seconds: Mapping[str, float]) -> list[tuple[str, str]]:
+    """What the loaders did, as far as there is anything to tell."""
+    trained = seconds.get("data_wait", 0.0) + seconds.get("step", 0.0)
+    rows = [("waiting for data", f"{seconds.get('data_wait', 0.0) / trained:.1%} of the training time")] if trained else []
+    if data.hit_rate is not None:
+        fetched = f"{data.read_bytes / 1e6:.1f} MB in {data.requests} requests, {data.retries} of them again"
+        rows += [("read from the store", fetched), ("blocks found in the cache", f"{data.hit_rate:.1%}")]
+    if data.left_out:
+        rows.append(("left out", f"{data.left_out} of {data.members} members (left_out/ in the run folder)"))
+    return rows
 
 
 @app.command("report")

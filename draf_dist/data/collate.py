@@ -1,31 +1,44 @@
 """A batch while it is filled: arrays made once, into whose rows the threads decode."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from draf_dist.data.arena import Arena
 from draf_dist.data.decode import UndecodableError, series_shape
 from draf_dist.data.shards import SampleMeta
+from draf_dist.data.volumes import delivered_shape
 from draf_dist.schema.batch import Batch, ClassTarget, ModalityInput, SeriesInput
-from draf_dist.schema.modality import DataSchema, ImageSpec
+from draf_dist.schema.modality import DataSchema, ImageSpec, VolumeSpec
 
 
 class Frame:
     """num_rows rows of a batch, all of them padding until they are filled.
 
     Padding (DESIGN 6.4) is zeros with the first modality marked present, weight 0 and uid -1. Rows may be filled by several
-    threads at once, each row by one.
+    threads at once, each row by one. images: uint8 (B, C, H, W), volumes: (B, C, D, H, W), both of unknown content until a row is
+    filled, cleared or dropped. Images lie channels last in memory, as JPEG decoders write them: turning each costs an eighth of
+    decoding it, turning a batch on its device next to nothing.
     """
 
-    def __init__(self, schema: DataSchema, num_rows: int) -> None:
+    def __init__(self, schema: DataSchema, num_rows: int, arena: Arena) -> None:
         shape = (num_rows, len(schema.modalities))
-        self.schema = schema
+        self.schema, self.num_rows = schema, num_rows
         self.images: dict[str, NDArray[np.uint8]] = {}
+        self.volumes: dict[str, NDArray[Any]] = {}
         self.values: dict[str, NDArray[np.float32]] = {}
         self.observed: dict[str, NDArray[np.bool_]] = {}
+        self._tensors: dict[str, Tensor] = {}
         for spec in schema.modalities:
             if isinstance(spec, ImageSpec):
-                self.images[spec.name] = np.zeros((num_rows, spec.channels, spec.height, spec.width), dtype=np.uint8)
+                pixels, tensor = arena.take((num_rows, spec.height, spec.width, spec.channels), np.dtype(np.uint8))
+                self.images[spec.name], self._tensors[spec.name] = pixels.transpose(0, 3, 1, 2), tensor.permute(0, 3, 1, 2)
+            elif isinstance(spec, VolumeSpec):
+                shape_of_row = delivered_shape(spec)
+                self.volumes[spec.name], self._tensors[spec.name] = arena.take((num_rows, *shape_of_row), np.dtype(spec.dtype))
             else:
                 self.values[spec.name] = np.zeros((num_rows, *series_shape(spec)), dtype=np.float32)
                 self.observed[spec.name] = np.zeros((num_rows, *series_shape(spec)), dtype=np.bool_)
@@ -46,15 +59,36 @@ class Frame:
         """
         if meta.site not in self.schema.sites or meta.label not in self.schema.label.classes:
             raise UndecodableError("a site or label that is not in schema.json")
-        self.site[row] = self.schema.sites.index(meta.site)
-        self.label[row] = self.schema.label.classes.index(meta.label)
-        self.uid[row], self.epoch[row], self.weight[row] = meta.uid, epoch, 1.0
-        for column, name in enumerate(self.schema.names):
+        self.describe_by_index(
+            row, meta.uid, self.schema.sites.index(meta.site), self.schema.label.classes.index(meta.label), epoch
+        )
+        for column, name in enumerate(self.schema.names if meta.quality else ()):
             if name in meta.quality:
                 quality = meta.quality[name]
                 if not 0 <= quality <= 1:
                     raise UndecodableError(f"a quality of {name} outside [0, 1]")
                 self.quality[row, column], self.quality_known[row, column] = quality, True
+
+    def describe_by_index(self, row: int, uid: int, site: int, label: int, epoch: int) -> None:
+        """The same for a study without a JSON; nothing is known of its quality."""
+        self.site[row], self.label[row] = site, label
+        self.uid[row], self.epoch[row], self.weight[row] = uid, epoch, 1.0
+
+    def clear(self, row: int, column: int) -> None:
+        """An absent modality: zeros, so that memory that is used again shows nothing of an earlier batch."""
+        name = self.schema.modalities[column].name
+        for arrays in (self.images, self.volumes, self.values, self.observed):
+            if name in arrays:
+                arrays[name][row] = 0
+
+    def drop(self, row: int) -> None:
+        """Makes the row padding."""
+        for column in range(len(self.schema.modalities)):
+            self.clear(row, column)
+        for array in (self.severity, self.quality, self.quality_known, self.label, self.site, self.epoch, self.weight):
+            array[row] = 0
+        self.present[row] = np.arange(self.present.shape[1]) == 0
+        self.uid[row] = -1
 
     def batch(self) -> Batch:
         """The batch, which shares the memory of the frame."""
@@ -75,8 +109,8 @@ class Frame:
 
     def _input(self, column: int) -> ModalityInput:
         spec = self.schema.modalities[column]
-        if isinstance(spec, ImageSpec):
-            return torch.from_numpy(self.images[spec.name])
+        if isinstance(spec, ImageSpec | VolumeSpec):
+            return self._tensors[spec.name]
         # The grid of a release is fixed: all of its steps count wherever the modality is present.
         length = np.where(self.present[:, column], series_shape(spec)[0], 0).astype(np.int64)
         return SeriesInput(

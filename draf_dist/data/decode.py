@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from draf_dist.data.shards import SampleMeta, decode_meta
-from draf_dist.schema.modality import ImageSpec, SeriesSpec, TableSpec
+from draf_dist.schema.modality import ImageSpec, ModalitySpec, SeriesSpec, TableSpec, VolumeSpec
 
 Bytes = bytes | memoryview
 
 MAX_META_BYTES = 65_536
+# The pointer to a volume lists the places of its chunks.
+MAX_POINTER_BYTES = 2**21
 # Room for the headers and for pixels that don't compress.
 _SLACK_BYTES = 65_536
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -37,8 +39,10 @@ class UndecodableError(Exception):
     """A member that is not what the schema says; the reader adds release, shard and member and makes it a DataError."""
 
 
-def max_member_bytes(spec: ImageSpec | SeriesSpec | TableSpec) -> int:
+def max_member_bytes(spec: ModalitySpec) -> int:
     """The largest member of a modality that is read at all."""
+    if isinstance(spec, VolumeSpec):
+        return MAX_POINTER_BYTES
     if isinstance(spec, ImageSpec):
         return spec.channels * spec.height * spec.width + spec.height + _SLACK_BYTES
     return 4 * math.prod(series_shape(spec)) + _SLACK_BYTES
@@ -123,10 +127,13 @@ def _decode_jpeg(data: Bytes, out: NDArray[np.uint8]) -> None:
         found_height, found_width, _, _ = simplejpeg.decode_jpeg_header(data)
         if (found_height, found_width) != (height, width):
             raise UndecodableError(f"a JPEG of {found_width}x{found_height} pixels, expected {width}x{height}")
-        pixels = simplejpeg.decode_jpeg(data, colorspace=_COLOURS[channels][1])
+        pixels = out.transpose(1, 2, 0)
+        if pixels.flags.c_contiguous:
+            simplejpeg.decode_jpeg(data, colorspace=_COLOURS[channels][1], buffer=pixels)
+        else:
+            pixels[...] = simplejpeg.decode_jpeg(data, colorspace=_COLOURS[channels][1])
     except ValueError as error:
         raise UndecodableError("a damaged JPEG") from error
-    out[...] = pixels.transpose(2, 0, 1)
 
 
 def _decode_npy(data: Bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:

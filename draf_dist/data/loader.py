@@ -1,75 +1,58 @@
-"""The loader: steps of a plan -> batches of one rank, decoded by threads into arrays that are made once per batch.
+"""The loader: steps of a plan -> batches of one rank, decoded by threads into memory that is used again and again.
 
-Which samples a batch holds is arithmetic (order.py); threads and prefetch decide only when the work is done. Rows are cut into
-chunks, every chunk is filled by one thread into its own rows, and batches leave in order, so an error surfaces at its own step,
-after every good batch before it.
+Which samples a batch holds is arithmetic (order.py); threads, readahead and prefetch decide only when the work is done. Remote
+blocks are fetched ahead of use (remote_shards.py). Rows are cut into chunks, every chunk is filled by one thread into its own rows,
+and batches leave in order, so an error surfaces at its own step, after every good batch before it.
 """
 
-import threading
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import hashlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import count, takewhile
-from typing import Protocol
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from draf_dist.data.collate import Frame
-from draf_dist.data.decode import Bytes, UndecodableError, decode_image, decode_series, decode_study
+from draf_dist.data.arena import Arena
+from draf_dist.data.bad_data import BadData, BadDataDesk, LeftOut
+from draf_dist.data.filler import DecodeHook, Filler, Rows
+from draf_dist.data.loader_stats import LoaderStats, of_cache, of_stores
+from draf_dist.data.node_cache import Lease, NodeCache, default_cache
 from draf_dist.data.order import Plan, rank_entries
+from draf_dist.data.patches import PatchRule
+from draf_dist.data.pipeline import Workshop, in_order, is_local, reach
 from draf_dist.data.release import Release
-from draf_dist.data.shard_reader import Place, ShardReader, make_block_cache
+from draf_dist.data.remote_shards import BLOCK_BYTES
+from draf_dist.data.sequential import Sequential
+from draf_dist.data.shard_reader import IntArray, ShardReader
+from draf_dist.data.working_set import working_set
 from draf_dist.errors import SpecError, explain
 from draf_dist.schema.batch import Batch
-from draf_dist.schema.modality import ImageSpec
 from draf_dist.schema.release import Split
-
-# The files of one sample with their places: the modalities in axis order, None where absent, then the json.
-_Sample = list[tuple[Place, Bytes] | None]
-
-# Requests to a store wait for the network, not for the processor.
-FETCH_THREADS = 8
-# Several chunks a thread: the last one to finish holds the batch up for less.
-CHUNKS_PER_THREAD = 4
-
-
-class DecodeHook(Protocol):
-    """Changes stored images in the decode thread. Must be a pure function of its arguments."""
-
-    def levels(self, uid: Tensor, epoch: Tensor) -> dict[str, NDArray[np.int64]]:
-        """Modality -> grid index of every sample (B,); 0 leaves the image as it is."""
-        ...
-
-    def change(self, image: NDArray[np.uint8], index: int) -> NDArray[np.uint8]:
-        """The image (C, H, W) at a grid index above 0."""
-        ...
-
-    def severity(self, index: int) -> float:
-        """What Batch.severity says of a grid index, in (0, 1]."""
-        ...
+from draf_dist.storage import Store
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """What one local batch is made of: row i is sample[i] of release source[i], drawn in epoch[i]; the rest is padding."""
+class Reading:
+    """How a loader works. Nothing of it changes a batch but `bad_data`, which may leave something out, and `patch_seed`.
 
-    step: int
-    num_rows: int
-    source: NDArray[np.int64]
-    epoch: NDArray[np.int64]
-    sample: NDArray[np.int64]
+    prefetch: batches that are being made beyond the one that is handed out; with it memory is bounded. cache: where blocks of
+    remote shards are kept; None for that of the environment. pinned: batches in page-locked memory, for a GPU. patch_seed: with the
+    epoch and the uid it decides where patches of volumes lie.
+    """
+
+    prefetch: int = 4
+    bad_data: BadData = BadData()
+    cache: NodeCache | None = None
+    pinned: bool = False
+    patch_seed: int = 0
 
 
 class Loader:
     """Batches of one rank, the same for any number of threads and any prefetch.
 
     releases: one, or one per source of a mixture, with equal schemas; a plan numbers the samples of their `split`.
-    threads: that decode. prefetch: batches that are being made beyond the one that is handed out; with it memory is bounded.
-    decode: a hook for stored images, see `corruption.Corruptor.decode_hook`.
+    threads: that decode. decode: a hook for stored images, see `corruption.Corruptor.decode_hook`.
 
     Raises:
         SpecError: the schemas differ.
@@ -84,21 +67,37 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         threads: int = 2,
-        prefetch: int = 4,
         decode: DecodeHook | None = None,
+        reading: Reading = Reading(),
     ) -> None:
         self.releases = (releases,) if isinstance(releases, Release) else tuple(releases)
         _check_schemas(self.releases)
         self.plan, self.rank, self.world = plan, rank, world
-        self._threads, self._prefetch = threads, prefetch
-        blocks = make_block_cache()
-        self._filler = _Filler([ShardReader(release, split, blocks) for release in self.releases], decode)
+        self._threads, self._reading = threads, reading
+        self._desk = BadDataDesk(reading.bad_data, " and ".join(release.pinned_url for release in self.releases))
+        readers = [ShardReader(release, split) for release in self.releases]
+        self._filler = Filler(readers, decode, self._desk, patch_rule=PatchRule(reading.patch_seed))
+        self._arena = Arena(pinned=reading.pinned)
+        self._stores = _stores(self._filler.readers)
+        self._earlier = LoaderStats() - of_stores(self._stores)
+        self._lease: Lease | None = None
 
     @property
     def num_rows(self) -> int:
         """Rows of this rank's batches, padding included: the same at every step."""
         mine = rank_entries(self.plan.batch_size, self.plan.batch_size, self.rank, self.world)
         return int(mine.stop - mine.start)
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """The first members that were left out; see BadData."""
+        return list(self._desk.listed)
+
+    def stats(self) -> LoaderStats:
+        """Of all passes so far; the stores count what else is asked of them too."""
+        lease = LoaderStats() if self._lease is None else of_cache(self._lease.stats)
+        decoded = LoaderStats(members=self._desk.num_read, left_out=self._desk.num_left_out)
+        return self._earlier + of_stores(self._stores) + lease + decoded
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Generator[tuple[int, Batch], None, None]:
         """(step, batch) for steps [start_step, stop_step), endless without a stop. Images are uint8, values in stored units.
@@ -108,14 +107,25 @@ class Loader:
         Raises:
             DataError: a member that is damaged or not what the schema says, a shard that is cut short or gone.
             UnreachableError: the store does not answer.
+            SpecError: the cache of the node is smaller than what is open at once.
         """
         steps = takewhile(lambda step: stop_step is None or step < stop_step, count(start_step))
-        return _in_order((self._rows(step) for step in steps), self._filler, self._threads, self._prefetch)
+        with ExitStack() as stack:
+            self._lease = _lease(self._filler.readers, self.plan, self._reading, stack)
+            if self._lease is not None:
+                # What an earlier attempt left and steps before this one needed may go.
+                self._lease.advance(start_step)
+            workshop = Workshop(self._filler, self.plan, self._arena, self._threads, self._reading.prefetch, self._lease)
+            try:
+                yield from stack.enter_context(closing(in_order(map(self._rows, steps), workshop)))
+            finally:
+                if self._lease is not None:
+                    self._earlier, self._lease = self._earlier + of_cache(self._lease.stats), None
 
-    def _rows(self, step: int) -> _Rows:
+    def _rows(self, step: int) -> Rows:
         draws = self.plan.draws(step)
         mine = rank_entries(len(draws.sample), self.plan.batch_size, self.rank, self.world)
-        return _Rows(step, self.num_rows, draws.source[mine], draws.epoch[mine], draws.sample[mine])
+        return Rows(step, self.num_rows, draws.source[mine], draws.epoch[mine], draws.sample[mine])
 
 
 def evaluation_batches(
@@ -126,7 +136,7 @@ def evaluation_batches(
     rank: int = 0,
     world: int = 1,
     threads: int = 2,
-    partners: Mapping[str, NDArray[np.int64]] | None = None,
+    partners: Mapping[str, IntArray] | None = None,
 ) -> Iterator[Batch]:
     """Every sample of a split once, in the order they are stored, epoch 0; the last batch is short.
 
@@ -134,169 +144,45 @@ def evaluation_batches(
     partners: modality -> for every sample of the split the sample whose modality it gets (its own number: no change); what is
     exchanged so is flagged as corrupted with severity 1. Raises as `Loader.batches`.
     """
-    reader = ShardReader(release, split)
+    reader, reading = ShardReader(release, split), Reading(prefetch=2)
     samples = np.arange(reader.num_samples, dtype=np.int64)
     zeros = np.zeros(min(batch_size, len(samples)), dtype=np.int64)
     parts = (samples[start : start + batch_size] for start in range(0, len(samples), batch_size))
     whole = rank_entries(batch_size, batch_size, rank, world)
     cuts = (part[rank_entries(len(part), batch_size, rank, world)] for part in parts)
     rows = (
-        _Rows(step, len(part) if world == 1 else whole.stop - whole.start, zeros[: len(part)], zeros[: len(part)], part)
+        Rows(step, len(part) if world == 1 else whole.stop - whole.start, zeros[: len(part)], zeros[: len(part)], part)
         for step, part in enumerate(cuts)
     )
-    for _, batch in _in_order(rows, _Filler([reader], None, partners), threads, prefetch=2):
-        yield batch
+    plan = Sequential(tuple(shard.num_samples for shard in reader.shards), batch_size)
+    filler = Filler([reader], None, BadDataDesk(reading.bad_data, release.pinned_url), partners)
+    with ExitStack() as stack:
+        lease = _lease([reader], plan, reading, stack)
+        workshop = Workshop(filler, plan, Arena(), threads, reading.prefetch, lease)
+        for _, batch in stack.enter_context(closing(in_order(rows, workshop))):
+            yield batch
 
 
-class _Filler:
-    """Fills frames with samples: what a chunk of rows needs is read, checked and decoded."""
-
-    def __init__(
-        self, readers: Sequence[ShardReader], hook: DecodeHook | None, partners: Mapping[str, NDArray[np.int64]] | None = None
-    ) -> None:
-        self.schema = readers[0].release.schema
-        self.is_local = all(reader.is_local for reader in readers)
-        self._readers, self._hook, self._partners = readers, hook, partners or {}
-
-    def fetch(self, rows: _Rows, chunk: range) -> list[_Sample]:
-        """The files of every row of the chunk."""
-        places = [self._places(rows, row) for row in chunk]
-        samples: list[_Sample] = [[None] * len(found) for found in places]
-        for source in sorted({int(rows.source[row]) for row in chunk}):
-            wanted = [
-                (number, column, place)
-                for number, row in enumerate(chunk)
-                for column, place in enumerate(places[number])
-                if place is not None and rows.source[row] == source
-            ]
-            contents = self._readers[source].read([place for _, _, place in wanted])
-            for (number, column, place), content in zip(wanted, contents, strict=True):
-                samples[number][column] = (place, content)
-        return samples
-
-    def fill(self, frame: Frame, rows: _Rows, chunk: range, samples: Sequence[_Sample]) -> None:
-        """Decodes what was fetched into the rows of the frame."""
-        for row, sample in zip(chunk, samples, strict=True):
-            self._fill_row(frame, row, int(rows.epoch[row]), sample)
-        if self._hook is not None:
-            here = slice(chunk.start, chunk.stop)
-            levels = self._hook.levels(torch.from_numpy(frame.uid[here]), torch.from_numpy(frame.epoch[here]))
-            for name, indices in levels.items():
-                self._change(self._hook, frame, chunk, name, indices)
-
-    def _places(self, rows: _Rows, row: int) -> list[Place | None]:
-        reader, sample = self._readers[int(rows.source[row])], int(rows.sample[row])
-        places = reader.places(sample)
-        for name, partners in self._partners.items():
-            column = self.schema.names.index(name)
-            places[column] = reader.places(int(partners[sample]))[column]
-        return places
-
-    def _fill_row(self, frame: Frame, row: int, epoch: int, sample: _Sample) -> None:
-        frame.present[row] = False
-        own = sample[-1]
-        assert own is not None  # the json, which every sample has
-        for column, piece in enumerate(sample):
-            if piece is None:
-                continue
-            place, content = piece
-            place.check(content)
-            try:
-                self._decode(frame, row, column, epoch, content)
-            except UndecodableError as error:
-                raise place.error("a file as schema.json describes it", str(error)) from error
-            if place.uid != own[0].uid:
-                frame.severity[row, column] = 1.0
-        if frame.uid[row] != own[0].uid:
-            raise own[0].error("the uid that its name says", "another")
-
-    def _decode(self, frame: Frame, row: int, column: int, epoch: int, content: Bytes) -> None:
-        if column == len(self.schema.modalities):
-            frame.describe(row, decode_study(content), epoch)
-            return
-        spec = self.schema.modalities[column]
-        frame.present[row, column] = True
-        if isinstance(spec, ImageSpec):
-            decode_image(content, frame.images[spec.name][row])
-        else:
-            values, observed = frame.values[spec.name][row], frame.observed[spec.name][row]
-            decode_series(content, values)
-            np.logical_not(np.isnan(values), out=observed)
-            values[~observed] = 0.0
-
-    @staticmethod
-    def _change(hook: DecodeHook, frame: Frame, chunk: range, name: str, indices: NDArray[np.int64]) -> None:
-        column = frame.schema.names.index(name)
-        for row, index in zip(chunk, indices.tolist(), strict=True):
-            if index > 0 and frame.present[row, column]:
-                frame.images[name][row] = hook.change(frame.images[name][row], index)
-                frame.severity[row, column] = hook.severity(index)
+def _lease(readers: Sequence[ShardReader], plan: Plan | Sequential, reading: Reading, stack: ExitStack) -> Lease | None:
+    """A place in the cache of the node, if anything has to be fetched."""
+    if all(is_local(reader) for reader in readers):
+        return None
+    shard_bytes = [[shard.size_bytes for shard in reader.shards] for reader in readers]
+    ahead = reach(reading.prefetch)
+    if isinstance(plan, Sequential):
+        needed = plan.open_bytes(shard_bytes[0], block_bytes=BLOCK_BYTES, ahead_steps=ahead)
+    else:
+        needed = working_set(plan, shard_bytes, block_bytes=BLOCK_BYTES, ahead_steps=ahead)
+    cache = reading.cache or default_cache()
+    # What names a job to the cache: its ranks on one node share their blocks and wait for each other before any is dropped.
+    names = [*(shard.sha256 for reader in readers for shard in reader.shards), repr(plan)]
+    return stack.enter_context(closing(cache.lease(hashlib.sha256("\n".join(names).encode()).hexdigest()[:32], needed)))
 
 
-class _Workers:
-    """The threads of one pass: those that wait for the store, and those that decode. Leaving ends them."""
-
-    def __init__(self, filler: _Filler, threads: int) -> None:
-        self._filler, self._threads = filler, threads
-        self._stopped = threading.Event()
-        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._fetchers = None if filler.is_local else ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
-
-    def start(self, rows: _Rows) -> "_Job":
-        """Begins a batch."""
-        frame = Frame(self._filler.schema, rows.num_rows)
-        size = max(1, -(-len(rows.sample) // (CHUNKS_PER_THREAD * self._threads)))
-        chunks = [range(start, min(start + size, len(rows.sample))) for start in range(0, len(rows.sample), size)]
-        return _Job(rows.step, frame, [self._submit(frame, rows, chunk) for chunk in chunks])
-
-    def stop(self) -> None:
-        """Drops what has not begun and waits for what has."""
-        self._stopped.set()
-        pools = [pool for pool in (self._fetchers, self._decoders) if pool is not None]
-        for pool in pools:
-            # All are told before any is waited for: a decoder may be waiting for a request that has not begun.
-            pool.shutdown(wait=False, cancel_futures=True)
-        for pool in pools:
-            pool.shutdown(wait=True)
-
-    def _submit(self, frame: Frame, rows: _Rows, chunk: range) -> Future[None]:
-        fetched = self._fetchers.submit(self._filler.fetch, rows, chunk) if self._fetchers is not None else None
-        return self._decoders.submit(self._fill, frame, rows, chunk, fetched)
-
-    def _fill(self, frame: Frame, rows: _Rows, chunk: range, fetched: Future[list[_Sample]] | None) -> None:
-        samples = self._filler.fetch(rows, chunk) if fetched is None else fetched.result()
-        if not self._stopped.is_set():
-            self._filler.fill(frame, rows, chunk, samples)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A batch that is being made."""
-
-    step: int
-    frame: Frame
-    chunks: list[Future[None]]
-
-    def result(self) -> tuple[int, Batch]:
-        """Waits for it; raises what went wrong in the first chunk that did."""
-        for chunk in self.chunks:
-            chunk.result()
-        return self.step, self.frame.batch()
-
-
-def _in_order(requests: Iterable[_Rows], filler: _Filler, threads: int, prefetch: int) -> Generator[tuple[int, Batch], None, None]:
-    """The batches in the order they were asked for, at most prefetch + 1 of them in the making."""
-    workers = _Workers(filler, threads)
-    jobs: deque[_Job] = deque()
-    try:
-        for rows in requests:
-            jobs.append(workers.start(rows))
-            if len(jobs) > prefetch:
-                yield jobs.popleft().result()
-        while jobs:
-            yield jobs.popleft().result()
-    finally:
-        workers.stop()
+def _stores(readers: Sequence[ShardReader]) -> list[Store]:
+    """The stores that shards are read from."""
+    locations = (reader.release.tar_location(shard) for reader in readers for shard in reader.shards)
+    return list({id(store): store for store, _ in locations}.values())
 
 
 def _check_schemas(releases: Sequence[Release]) -> None:

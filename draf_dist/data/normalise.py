@@ -5,16 +5,16 @@ from torch import Tensor
 
 from draf_dist.errors import SpecError, explain
 from draf_dist.schema.batch import Batch, ModalityInput, SeriesInput
-from draf_dist.schema.modality import DataSchema, ImageSpec
+from draf_dist.schema.modality import DataSchema, ImageSpec, VolumeSpec
 from draf_dist.schema.release import ImageStats, ReleaseStats, VariableStats
 
 
 class Normaliser:
     """Applies the statistics of a training split to batches of any split.
 
-    Images become f32 (pixel - mean) / std. Numeric variables become (value - mean) / std where observed, binary ones stay 0 or
-    1, and what is not observed is 0, the training mean. An absent slot becomes 0 and not observed, whatever it held: NaN
-    included. A second application would standardise twice; batches come here once, from the loader.
+    Images and volumes become f32 (value - mean) / std. Numeric variables become (value - mean) / std where observed, binary ones
+    stay 0 or 1, and what is not observed is 0, the training mean. An absent slot becomes 0 and not observed, whatever it held:
+    NaN included. A second application would standardise twice; batches come here once, from the loader.
     """
 
     def __init__(self, schema: DataSchema, stats: ReleaseStats) -> None:
@@ -32,13 +32,14 @@ class Normaliser:
         return Batch(**{**vars(batch), "inputs": inputs})
 
     def constants(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, std) of a modality: f32 scalars for an image, (F,) for a series; on the device of `like`."""
+        """(mean, std) of a modality: f32 scalars for an image or volume, (F,) for a series; on the device of `like`."""
         mean, std = self._constants[name]
         return mean.to(like.device), std.to(like.device)
 
     def _image(self, name: str, pixels: Tensor, present: Tensor) -> Tensor:
         mean, std = self.constants(name, pixels)
-        return torch.where(present[:, None, None, None], (pixels.float() - mean) / std, 0.0)
+        mask = present.reshape(-1, *(1 for _ in pixels.shape[1:]))
+        return torch.where(mask, (pixels.float() - mean) / std, 0.0)
 
     def _series(self, name: str, series: SeriesInput, present: Tensor) -> SeriesInput:
         mean, std = self.constants(name, series.values)
@@ -49,7 +50,7 @@ class Normaliser:
 
 def _constants(schema: DataSchema, stats: ReleaseStats, index: int) -> tuple[Tensor, Tensor]:
     spec = schema.modalities[index]
-    if isinstance(spec, ImageSpec):
+    if isinstance(spec, ImageSpec | VolumeSpec):
         image = stats.images.get(spec.name)
         if image is None:
             raise _unlike(spec.name, "no statistics")

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from rich.console import Console
 
+from draf_dist.data.loader_stats import LoaderStats
 from draf_dist.schema.release import Receipt
 from draf_dist.training.backend import Backend
 from draf_dist.training.journal import Journal
@@ -28,8 +29,8 @@ class Books(Protocol):
         """The number of this attempt, from 1."""
         ...
 
-    def step(self, report: StepReport) -> None:
-        """Enters one step; its samples are those of the global batch."""
+    def step(self, report: StepReport, supply: LoaderStats) -> None:
+        """Enters one step; its samples are those of the global batch. supply: of this rank, since the attempt began."""
         ...
 
     def epoch(self, epoch: int, loss: float, numbers: dict[str, float], stopping: EarlyStopping, step: int) -> None:
@@ -44,8 +45,8 @@ class Books(Protocol):
         """Raises GateError if a later attempt has taken the run over."""
         ...
 
-    def commit(self, step: int, receipts: dict[SourceEpoch, Receipt]) -> None:
-        """Makes everything entered so far durable, and what was consumed since the last commit."""
+    def commit(self, step: int, receipts: dict[SourceEpoch, Receipt], supply: LoaderStats) -> None:
+        """Makes everything entered so far durable; and what was consumed, and what the loaders did, since the last commit."""
         ...
 
     def close(self, outcome: Outcome, stopping: EarlyStopping) -> None:
@@ -58,7 +59,7 @@ class NoBooks:
 
     attempt = 0
 
-    def step(self, report: StepReport) -> None:
+    def step(self, report: StepReport, supply: LoaderStats) -> None:
         """Nothing."""
 
     def epoch(self, epoch: int, loss: float, numbers: dict[str, float], stopping: EarlyStopping, step: int) -> None:
@@ -70,7 +71,7 @@ class NoBooks:
     def check(self) -> None:
         """Nothing."""
 
-    def commit(self, step: int, receipts: dict[SourceEpoch, Receipt]) -> None:
+    def commit(self, step: int, receipts: dict[SourceEpoch, Receipt], supply: LoaderStats) -> None:
         """Nothing."""
 
     def close(self, outcome: Outcome, stopping: EarlyStopping) -> None:
@@ -89,11 +90,11 @@ class OpenBooks:
         """The number of this attempt, from 1."""
         return self._ledger.attempt
 
-    def step(self, report: StepReport) -> None:
+    def step(self, report: StepReport, supply: LoaderStats) -> None:
         """Enters one step."""
         self._ledger.spend("data_wait", report.wait_s)
         self._ledger.spend("step", report.compute_s)
-        self._tracker.step(report)
+        self._tracker.step(report, supply)
         self._progress.step(report)
         self._mark = time.perf_counter()
 
@@ -112,11 +113,11 @@ class OpenBooks:
         """Asks the fence."""
         self._fence.check()
 
-    def commit(self, step: int, receipts: dict[SourceEpoch, Receipt]) -> None:
+    def commit(self, step: int, receipts: dict[SourceEpoch, Receipt], supply: LoaderStats) -> None:
         """Metrics first, the ledger last."""
         self._fence.check()
         self._tracker.flush()
-        self._ledger.commit(step, receipts)
+        self._ledger.commit(step, receipts, supply)
 
     def close(self, outcome: Outcome, stopping: EarlyStopping) -> None:
         """The last line of the ledger."""

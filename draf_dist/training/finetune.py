@@ -56,7 +56,7 @@ class Finetuning:
 
     def loader(self, backend: Backend) -> Loader:
         """The training batches of this rank."""
-        return self.plan.loader(backend, decode=self.corruptor.decode_hook())
+        return self.plan.loader(backend, self.job, self.corruptor.decode_hook())
 
     def rules(self, backend: Backend) -> StepRules:
         """How a training step treats a batch.

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from draf_dist.config.spec import Spec, fingerprint
+from draf_dist.data.bad_data import BadData
 from draf_dist.data.corruption import TrainingCorruption
 from draf_dist.errors import SpecError, explain
 from draf_dist.models.fusion import FusionConfig
@@ -49,7 +50,7 @@ class TrainJob(Spec):
     """What every training job has; where it runs and where it is written are no part of it.
 
     release: URL, or URL@version; a run pins the version. groups, open_samples: see docs/order.md. patience: epochs without a lower
-    validation score after which training stops.
+    validation score after which training stops. bad_data: what happens to a member that can't be used, see docs/loader.md.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
@@ -62,6 +63,8 @@ class TrainJob(Spec):
     patience: int = Field(10, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    # Left out of the stored form where it is not set: jobs from before there was such a thing keep their names.
+    bad_data: BadData = Field(BadData(), exclude_if=lambda rule: rule == BadData())
 
     @field_validator("release")
     @classmethod

@@ -2,7 +2,8 @@
 
 Lines, by `event`:
   attempt   attempt, start (steps done when it began), world, threads, time (seconds since 1970)
-  commit    attempt, start, stop (steps [start, stop)), world, receipts {source epoch: {count, uid_sum}}, seconds {kind: s}, time
+  commit    attempt, start, stop (steps [start, stop)), world, receipts {source epoch: {count, uid_sum}}, data {cache_hits, ...,
+            left_out: see loader_stats}, seconds {kind: s}, time
             (a source epoch is "3", or "new:3" and "old:3" of a run with replay: every source counts its own)
   end       attempt, outcome (finished | interrupted), steps, best_loss (of validation), best_step, seconds, time
 A commit is written just before its checkpoint, so a kill between the two leaves a commit that no checkpoint backs. The attempt
@@ -11,9 +12,10 @@ that follows says where it really began, and whatever was consumed past that poi
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+from draf_dist.data.loader_stats import LoaderStats
 from draf_dist.data.receipts import add_receipts
 from draf_dist.schema.release import Receipt
 from draf_dist.training.journal import Journal, Line
@@ -60,6 +62,12 @@ def source_epoch_name(source: str, epoch: int) -> str:
     return str(epoch) if source == ONLY else f"{source}:{epoch}"
 
 
+def supply_of(lines: Iterable[Line]) -> LoaderStats:
+    """What the loaders of all ranks did in all attempts, as far as it was committed, and what was read twice with it."""
+    commits = (line.get("data", {}) for line in lines if line["event"] == "commit")
+    return sum((LoaderStats(**data) for data in commits), LoaderStats())
+
+
 def seconds_by_kind(lines: Iterable[Line]) -> dict[str, float]:
     """Wall time of all attempts by kind, as far as it was written; work that a kill threw away is not in it."""
     totals: dict[str, float] = {}
@@ -92,10 +100,14 @@ class Ledger:
         """Books wall time."""
         self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
 
-    def commit(self, stop: int, consumed: dict[SourceEpoch, Receipt]) -> None:
-        """Writes what was consumed since the last commit, [position, stop): a receipt by source epoch, over all ranks."""
+    def commit(self, stop: int, consumed: dict[SourceEpoch, Receipt], supply: LoaderStats) -> None:
+        """Writes what was consumed since the last commit, [position, stop): a receipt by source epoch, over all ranks.
+
+        supply: what the loaders did for it, over all ranks.
+        """
         receipts = {source_epoch_name(*of): part.model_dump() for of, part in sorted(consumed.items())}
-        self._write("commit", start=self._position, stop=stop, world=self.world, receipts=receipts, seconds=self._settle())
+        facts = {"receipts": receipts, "data": asdict(supply), "seconds": self._settle()}
+        self._write("commit", start=self._position, stop=stop, world=self.world, **facts)
         self._position = stop
 
     def close(self, outcome: Outcome, *, best_loss: float | None, best_step: int | None) -> None:

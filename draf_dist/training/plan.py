@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from draf_dist.data.loader import DecodeHook, Loader
+from draf_dist.data.filler import DecodeHook
+from draf_dist.data.loader import Loader, Reading
 from draf_dist.data.mixture import Mixture
 from draf_dist.data.order import Order, TrainingOrder
 from draf_dist.data.permutation import IntArray
@@ -48,10 +49,11 @@ class TrainingPlan:
     sources: tuple[Source, ...]
     order: TrainingOrder
 
-    def loader(self, backend: Backend, decode: DecodeHook | None = None) -> Loader:
-        """The training batches of a rank."""
+    def loader(self, backend: Backend, job: TrainJob, decode: DecodeHook | None = None) -> Loader:
+        """The training batches of a rank; job: that of the plan."""
         releases = [source.release for source in self.sources]
-        return Loader(releases, "train", self.order, rank=backend.rank, world=backend.world, decode=decode)
+        reading = Reading(bad_data=job.bad_data, pinned=backend.device.type == "cuda", patch_seed=job.seed)
+        return Loader(releases, "train", self.order, rank=backend.rank, world=backend.world, decode=decode, reading=reading)
 
     def entry_sources(self, step: int) -> IntArray:
         """The source of every entry of the global batch of a step, counted from 0: batches are sorted by source."""

@@ -54,7 +54,7 @@ class Pretraining:
 
     def loader(self, backend: Backend) -> Loader:
         """The training batches of this rank."""
-        return self.plan.loader(backend)
+        return self.plan.loader(backend, self.job)
 
     def rules(self, backend: Backend) -> StepRules:
         """How a training step treats a batch. Views and masks are made inside the objective, on the device."""

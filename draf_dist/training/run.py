@@ -29,6 +29,7 @@ from draf_dist.training.schedule import EarlyStopping
 from draf_dist.training.stage import Stage, num_steps
 from draf_dist.training.stages import build_stage
 from draf_dist.training.state import OrderState, RunState, TrainState
+from draf_dist.training.supply import Supply
 from draf_dist.training.torch_engine import MODEL_FILE, OneProcess
 
 RUNS = "runs"
@@ -78,6 +79,7 @@ class Attempt:
     books: Books
     stop: StopRequest
     consumed: Consumption
+    console: Console
 
 
 def train(
@@ -147,7 +149,7 @@ def attempt_by_epochs(url: str, backend: Backend, console: Console, stop: StopRe
         books = stack.enter_context(open_books(folder, stage, backend, state.step, fence, console, began))
         books.spent("startup")
         consumed = Consumption(stage.plan, backend.rank, backend.world)
-        work = Attempt(folder, stage, backend, engine, files, state, books, stop, consumed)
+        work = Attempt(folder, stage, backend, engine, files, state, books, stop, consumed, console)
         yield from _train(work)
         return _finish(work)
 
@@ -223,20 +225,21 @@ def _train(work: Attempt) -> Iterator[EpochReport]:
     stage, state, backend = work.stage, work.state, work.backend
     if _is_over(work):
         return
-    batches = stage.loader(backend).batches(state.step, num_steps(stage))
+    supply = Supply(stage.loader(backend), work.folder.store, backend.rank, state.step, work.console)
+    batches = supply.loader.batches(state.step, num_steps(stage))
     losses: list[float] = []
     with ExitStack() as stack:
         # A loader that is closed ends its threads at once.
         stack.callback(batches.close)
         for report in train_steps(state, work.engine, batches, stage.objective, stage.rules(backend)):
             work.consumed.add(report)
-            work.books.step(_of_all_ranks(report, work))
+            work.books.step(_of_all_ranks(report, work), supply.stats())
             losses.append(report.loss)
             stopped = _asked_to_stop(work)
             epoch, within = divmod(state.step, stage.plan.order.steps_per_epoch)
             validated = _validate(work, epoch, losses) if within == 0 else None
             if within == 0 or state.step % stage.job.checkpoint.every_steps == 0 or stopped:
-                _commit(work)
+                _commit(work, supply)
             if validated is not None:
                 losses.clear()
                 yield validated
@@ -271,10 +274,10 @@ def _validate(work: Attempt, epoch: int, losses: list[float]) -> EpochReport:
     return EpochReport(epoch, state.step, numbers)
 
 
-def _commit(work: Attempt) -> None:
+def _commit(work: Attempt, supply: Supply) -> None:
     """Makes everything so far durable: books first, the checkpoint's manifest last."""
     state, checkpoints = work.state, work.folder.checkpoints
-    work.books.commit(state.step, work.consumed.settle(work.backend))
+    work.books.commit(state.step, work.consumed.settle(work.backend), supply.settle(work.backend))
     if work.backend.rank == 0:
         stored = RunState(
             order=OrderState.at(work.stage.job, work.stage.release.version, state.step),

@@ -3,11 +3,19 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from draf_dist.data.loader_stats import LoaderStats
 from draf_dist.data.release import open_release
 from draf_dist.errors import DrafError
 from draf_dist.schema.release import Receipt
 from draf_dist.training.journal import Line
-from draf_dist.training.ledger import SourceEpoch, effective_commits, receipts_by_source, seconds_by_kind, source_epoch_name
+from draf_dist.training.ledger import (
+    SourceEpoch,
+    effective_commits,
+    receipts_by_source,
+    seconds_by_kind,
+    source_epoch_name,
+    supply_of,
+)
 from draf_dist.training.plan import build_plan
 from draf_dist.training.run_folder import RunFolder, open_run
 
@@ -20,7 +28,7 @@ class RunSummary:
     to fall; best_loss, best_step: its lowest, and when. samples: studies consumed, by source epoch. epochs_complete: source epochs
     consumed whole, each study once: their receipt equals the source's. as_planned: whether all receipts, those of begun epochs too,
     are those that the order gives for these steps. Both None where the release can't be read. seconds: wall time by kind, over all
-    attempts. epochs: the validation lines of metrics.jsonl.
+    attempts; data: what the loaders of all ranks did in them. epochs: the validation lines of metrics.jsonl.
     """
 
     url: str
@@ -36,6 +44,7 @@ class RunSummary:
     epochs_complete: int | None
     as_planned: bool | None
     seconds: dict[str, float]
+    data: LoaderStats
     checkpoints: tuple[int, ...]
     epochs: tuple[Line, ...]
 
@@ -69,6 +78,7 @@ def summarise(run_url: str) -> RunSummary:
         epochs_complete=complete,
         as_planned=as_planned,
         seconds=seconds_by_kind(lines),
+        data=supply_of(lines),
         checkpoints=tuple(folder.checkpoints.steps()),
         epochs=epochs,
     )

@@ -9,6 +9,7 @@ from types import TracebackType
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from draf_dist.data.loader_stats import LoaderStats
 from draf_dist.storage import Store
 from draf_dist.training.journal import Journal, room
 from draf_dist.training.loop import StepReport
@@ -20,8 +21,8 @@ TENSORBOARD = "tensorboard"
 class Tracker:
     """Numbers of a run, on disk. Both files begin at `start`: what a killed attempt wrote past its checkpoint is taken out.
 
-    metrics.jsonl holds {"event": "step", "step", "loss", "terms", ...} once per optimizer step, {"event": "epoch", "step", "epoch",
-    "nll", ...} once per validation; `step` counts optimizer steps done.
+    metrics.jsonl holds {"event": "step", "step", "loss", "terms", "data", ...} once per optimizer step, {"event": "epoch", "step",
+    "epoch", "nll", ...} once per validation; `step` counts optimizer steps done.
     """
 
     def __init__(self, store: Store, start: int) -> None:
@@ -47,13 +48,14 @@ class Tracker:
         if self._staging is not None:
             self._staging.cleanup()
 
-    def step(self, report: StepReport) -> None:
-        """Records one optimizer step."""
+    def step(self, report: StepReport, supply: LoaderStats) -> None:
+        """Records one optimizer step; supply: what the loader of the first rank did since the attempt began."""
         numbers = {"loss": report.loss, "learning_rate": report.learning_rate, "gradient_norm": report.gradient_norm}
         seconds = {"wait_s": round(report.wait_s, 6), "compute_s": round(report.compute_s, 6)}
-        self._journal.append(
-            {"event": "step", "step": report.step, **numbers, "terms": report.terms, "samples": report.samples, **seconds}
-        )
+        data = _data_numbers(report, supply)
+        facts = {"terms": report.terms, "samples": report.samples, **seconds, "data": data}
+        self._journal.append({"event": "step", "step": report.step, **numbers, **facts})
+        self._scalars("data", data, report.step)
         self._scalars("train", {**numbers, **{f"terms/{name}": value for name, value in report.terms.items()}}, report.step)
 
     def epoch(self, epoch: int, step: int, numbers: dict[str, float]) -> None:
@@ -74,6 +76,15 @@ class Tracker:
         with room(self._folder):
             for name, value in numbers.items():
                 self._writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def _data_numbers(report: StepReport, supply: LoaderStats) -> dict[str, float]:
+    """The share of the step that was spent waiting for data; and, where anything is fetched or left out, how much so far."""
+    numbers: dict[str, float] = {"wait_share": round(report.wait_s / max(report.wait_s + report.compute_s, 1e-9), 6)}
+    if supply.hit_rate is not None:
+        numbers |= {"hit_rate": round(supply.hit_rate, 6), "read_bytes": supply.read_bytes}
+        numbers |= {"requests": supply.requests, "retries": supply.retries}
+    return numbers | ({"left_out": supply.left_out} if supply.left_out else {})
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ def test_a_run_in_a_bucket_survives_an_interruption(
 
     record = Tracker.step
 
-    def recorded(self: Tracker, report: Any) -> None:
-        record(self, report)
+    def recorded(self: Tracker, report: Any, supply: Any) -> None:
+        record(self, report, supply)
         if report.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -21,7 +21,7 @@ from draf_dist.data.corruption import (
     TrainingCorruption,
 )
 from draf_dist.data.corruption.sweep import _next_of_another, corrupted_batches, swap_partners
-from draf_dist.data.loader import Loader, evaluation_batches
+from draf_dist.data.loader import Loader, Reading, evaluation_batches
 from draf_dist.data.mixture import Mixture
 from draf_dist.data.normalise import Normaliser
 from draf_dist.data.prepare import prepare
@@ -104,7 +104,9 @@ def test_the_last_batch_is_padded_as_the_design_says(release: Release) -> None:
 def test_threads_and_prefetch_change_nothing(release: Release, threads: int, prefetch: int) -> None:
     order = order_of(release)
     expected = Loader(release, "train", order).batches(0, order.steps_per_epoch + 3)
-    found = Loader(release, "train", order, threads=threads, prefetch=prefetch).batches(0, order.steps_per_epoch + 3)
+    found = Loader(release, "train", order, threads=threads, reading=Reading(prefetch=prefetch)).batches(
+        0, order.steps_per_epoch + 3
+    )
     for (step, one), (same_step, other) in zip(expected, found, strict=True):
         assert step == same_step
         assert same(one, other)

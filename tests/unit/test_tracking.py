@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from draf_dist.data.loader_stats import LoaderStats
 from draf_dist.errors import DataError, StorageFullError
 from draf_dist.storage import Store, open_store
 from draf_dist.training.journal import Journal, read_lines
@@ -42,13 +43,13 @@ def test_a_new_attempt_takes_out_what_lies_past_its_checkpoint(tmp_path: Path) -
     store = open_store(str(tmp_path))
     with Tracker(store, 0) as tracker:
         for step in (1, 2, 3):
-            tracker.step(report_at(step))
+            tracker.step(report_at(step), LoaderStats())
         tracker.epoch(1, 3, {"nll": 0.6})
         tracker.flush()
         for step in (4, 5):
-            tracker.step(report_at(step))
+            tracker.step(report_at(step), LoaderStats())
     with Tracker(store, 3) as tracker:
-        tracker.step(report_at(4, loss=0.25))
+        tracker.step(report_at(4, loss=0.25), LoaderStats())
     assert lines(store) == [("step", 1), ("step", 2), ("step", 3), ("epoch", 3), ("step", 4)]
     assert read_lines(store, METRICS)[-1]["loss"] == 0.25
 
@@ -72,24 +73,24 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 def test_a_local_file_can_be_watched_while_the_run_goes_on(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     with Tracker(store, 0) as tracker:
-        tracker.step(report_at(1))
+        tracker.step(report_at(1), LoaderStats())
         assert lines(store) == [("step", 1)]
 
 
 def test_an_older_attempt_that_still_runs_writes_where_nobody_looks(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     with Tracker(store, 0) as old:
-        old.step(report_at(1))
+        old.step(report_at(1), LoaderStats())
         with Tracker(store, 0) as new:
-            old.step(report_at(2))
-            new.step(report_at(1, loss=0.25))
+            old.step(report_at(2), LoaderStats())
+            new.step(report_at(1, loss=0.25), LoaderStats())
             assert [line["loss"] for line in read_lines(store, METRICS)] == [0.25]
 
 
 def log_steps(store: Store, num_steps: int) -> None:
     with Tracker(store, 0) as tracker:
         for step in range(1, num_steps + 1):
-            tracker.step(report_at(step))
+            tracker.step(report_at(step), LoaderStats())
 
 
 def test_a_disk_that_fills_up_while_steps_are_logged_is_named(tmp_path: Path) -> None:
@@ -114,9 +115,9 @@ def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     with Tracker(store, 0) as tracker:
         for step in (1, 2, 3):
-            tracker.step(report_at(step))
+            tracker.step(report_at(step), LoaderStats())
     with Tracker(store, 2) as tracker:
-        tracker.step(report_at(3, loss=0.25))
+        tracker.step(report_at(3, loss=0.25), LoaderStats())
         tracker.epoch(1, 3, {"nll": 0.75})
     found = EventAccumulator(str(tmp_path / TENSORBOARD)).Reload()  # type: ignore[no-untyped-call]
     assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 0.5), (2, 0.5), (3, 0.25)]
@@ -146,6 +147,17 @@ def test_on_a_terminal_the_line_shows_loss_rate_and_time_left() -> None:
 
 def test_lines_are_json_objects_with_what_a_plot_needs(tmp_path: Path) -> None:
     with Tracker(open_store(str(tmp_path)), 0) as tracker:
-        tracker.step(report_at(1))
+        tracker.step(report_at(1), LoaderStats())
     line = json.loads((tmp_path / METRICS).read_text())
-    assert set(line) == {"event", "step", "loss", "learning_rate", "gradient_norm", "terms", "samples", "wait_s", "compute_s"}
+    assert set(line) == {
+        "event",
+        "step",
+        "loss",
+        "learning_rate",
+        "gradient_norm",
+        "terms",
+        "samples",
+        "wait_s",
+        "compute_s",
+        "data",
+    }

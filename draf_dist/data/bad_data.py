@@ -1,0 +1,79 @@
+"""What happens to a member that can't be used: the run ends (the default), or it is left out, counted and told.
+
+Left out is that member alone: an image that does not decode is an absent image; a sample of which nothing is left, or whose json is
+gone, is a row of padding. What is left out depends on the data alone, so it is the same on any rank and in any attempt.
+"""
+
+import threading
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from draf_dist.config.spec import Spec
+from draf_dist.errors import DataError, explain
+
+Policy = Literal["fail", "quarantine"]
+# So many are told one by one; the others are only counted.
+LISTED = 100
+# Before so many were read a share says little: one of the first ten would be a tenth.
+FIRST_MEMBERS = 1000
+
+
+class BadData(Spec):
+    """policy: `fail` or `quarantine`. limit: the share of the members read that may be left out before the run ends after all.
+
+    The first thousand members count as a thousand, however few were read yet.
+    """
+
+    policy: Policy = "fail"
+    limit: float = Field(0.01, gt=0, lt=1)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """One member (or a whole sample) that was left out: at which step, where it lies and what is wrong with it."""
+
+    step: int
+    message: str
+
+
+class BadDataDesk:
+    """Decides and counts for one loader; safe to ask from several threads."""
+
+    def __init__(self, rule: BadData, where: str) -> None:
+        self._rule, self._where = rule, where
+        self._lock = threading.Lock()
+        self.num_read = self.num_left_out = 0
+        self.listed: list[LeftOut] = []
+
+    def read(self, num: int) -> None:
+        """Counts members that were asked for."""
+        with self._lock:
+            self.num_read += num
+
+    def leave_out(self, step: int, error: DataError) -> None:
+        """Says that a member is to be left out; returns if it may be.
+
+        Raises:
+            DataError: the error itself under `fail`; else, that there are too many.
+        """
+        if self._rule.policy == "fail":
+            raise error
+        with self._lock:
+            self.num_left_out += 1
+            if len(self.listed) < LISTED:
+                self.listed.append(LeftOut(step, str(error)))
+            too_many = self.num_left_out > self._rule.limit * max(self.num_read, FIRST_MEMBERS)
+        if too_many:
+            raise self._too_many(error)
+
+    def _too_many(self, error: DataError) -> DataError:
+        return DataError(
+            explain(
+                self._where,
+                expected=f"at most {self._rule.limit:.1%} of the members unusable",
+                found=f"{self.num_left_out} of {self.num_read}; the last one: {error}",
+                remedy="Run draf release verify; restore the files, or allow a larger share.",
+            )
+        )

@@ -1,0 +1,214 @@
+"""Fills frames: members are read, checked and decoded into the rows of a batch."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from draf_dist.data.bad_data import BadDataDesk
+from draf_dist.data.collate import Frame
+from draf_dist.data.decode import decode_image, decode_series, decode_study
+from draf_dist.data.patches import CENTRE, Patch, PatchRule
+from draf_dist.data.sample import Members, Sample, Source
+from draf_dist.data.shard_reader import Found, IntArray, ShardReader
+from draf_dist.data.shards import ABSENT, OFFSET
+from draf_dist.errors import DataError
+from draf_dist.schema.modality import ImageSpec, VolumeSpec
+
+# Of volumes, by row and modality.
+Patches = Mapping[tuple[int, int], Patch]
+
+
+class DecodeHook(Protocol):
+    """Changes stored images in the decode thread. Must be a pure function of its arguments."""
+
+    def levels(self, uid: Tensor, epoch: Tensor) -> dict[str, NDArray[np.int64]]:
+        """Modality -> grid index of every sample (B,); 0 leaves the image as it is."""
+        ...
+
+    def change(self, image: NDArray[np.uint8], index: int) -> NDArray[np.uint8]:
+        """The image (C, H, W) at a grid index above 0."""
+        ...
+
+    def severity(self, index: int) -> float:
+        """What Batch.severity says of a grid index, in (0, 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one local batch is made of: row i is sample[i] of release source[i], drawn in epoch[i]; the rest is padding."""
+
+    step: int
+    num_rows: int
+    source: IntArray
+    epoch: IntArray
+    sample: IntArray
+
+
+class Filler:
+    """Fills frames with samples.
+
+    readers: one a source. partners: modality -> for every sample the sample whose modality it gets (its own number: no change).
+    """
+
+    def __init__(
+        self,
+        readers: Sequence[ShardReader],
+        hook: DecodeHook | None,
+        desk: BadDataDesk,
+        partners: Mapping[str, IntArray] | None = None,
+        patch_rule: PatchRule = CENTRE,
+    ) -> None:
+        self.schema = readers[0].release.schema
+        self.readers = readers
+        self._hook, self._desk, self._patch_rule = hook, desk, patch_rule
+        self._partners = {self.schema.names.index(name): samples for name, samples in (partners or {}).items()}
+        self._volumes = [column for column, spec in enumerate(self.schema.modalities) if isinstance(spec, VolumeSpec)]
+
+    @property
+    def has_volumes(self) -> bool:
+        """Whether samples have parts that lie outside of the tars."""
+        return bool(self._volumes)
+
+    def samples_read(self, samples: IntArray) -> IntArray:
+        """The samples and those that they get a modality of, in whole rounds of the samples given."""
+        return np.concatenate([samples, *(partners[samples] for partners in self._partners.values())])
+
+    def sources(self, members: Sequence[Members]) -> list[Source]:
+        """What `fill` and `patches` read with, given where the bytes of each release come from."""
+        pairs = zip(self.readers, members, strict=True)
+        return [Source(reader, one, self._partners, self._patch_rule) for reader, one in pairs]
+
+    def patches(self, rows: Rows, chunk: range, sources: Sequence[Source]) -> Patches:
+        """Fetches the patches of a chunk's volumes, for `fill`; what is wrong with one is told there.
+
+        Raises:
+            UnreachableError: the store does not answer.
+        """
+        fetched: dict[tuple[int, int], Patch] = {}
+        for row, sample in self._samples(rows, chunk, sources).items():
+            if isinstance(sample, DataError):
+                continue
+            for column in self._volumes:
+                with suppress(DataError):
+                    if (patch := sample.patch(column)) is not None:
+                        fetched[row, column] = patch
+        return fetched
+
+    def fill(self, frame: Frame, rows: Rows, chunk: range, sources: Sequence[Source], patches: Patches) -> None:
+        """Decodes the samples of a chunk of rows into their rows of the frame. patches: fetched ones; others are fetched now.
+
+        Raises:
+            DataError: a member that is damaged or not what the schema says, if such may not be left out.
+            UnreachableError: the store does not answer.
+        """
+        num_read = 0
+        for row, sample in self._samples(rows, chunk, sources).items():
+            if isinstance(sample, DataError):
+                self._desk.leave_out(rows.step, sample)
+                frame.drop(row)
+                num_read += 1
+            else:
+                num_read += _Row(self._desk, frame, rows.step, row, sample, patches).fill()
+        self._desk.read(num_read)
+        if self._hook is not None:
+            here = slice(chunk.start, chunk.stop)
+            levels = self._hook.levels(torch.from_numpy(frame.uid[here]), torch.from_numpy(frame.epoch[here]))
+            for name, indices in levels.items():
+                _change(self._hook, frame, chunk, name, indices)
+
+    def _samples(self, rows: Rows, chunk: range, sources: Sequence[Source]) -> dict[int, Sample | DataError]:
+        """The samples of a chunk, by row; an error in place of one whose shard can't be read."""
+        found: dict[int, Sample | DataError] = {}
+        source = rows.source[chunk.start : chunk.stop]
+        for number in set(source.tolist()):
+            here = chunk.start + np.flatnonzero(source == number)
+            places = self.readers[number].find(rows.sample[here])
+            located = zip(here.tolist(), rows.sample[here].tolist(), rows.epoch[here].tolist(), places, strict=True)
+            for row, sample, epoch, place in located:
+                found[row] = Sample(sources[number], sample, epoch, place) if isinstance(place, Found) else place
+        return found
+
+
+class _Row:
+    """One sample on its way into one row."""
+
+    def __init__(self, desk: BadDataDesk, frame: Frame, step: int, row: int, sample: Sample, patches: Patches) -> None:
+        self._desk, self._frame, self._step, self._row, self._sample, self._patches = desk, frame, step, row, sample, patches
+
+    def fill(self) -> int:
+        """Fills the row; the number of members that were read. A row of which nothing can be used becomes padding."""
+        try:
+            self._describe()
+        except DataError as error:
+            self._desk.leave_out(self._step, error)
+            self._frame.drop(self._row)
+            return 1
+        present = [self._modality(column) for column in range(len(self._frame.schema.modalities))]
+        if True not in present:
+            self._frame.drop(self._row)
+        return 1 + len(present) - present.count(None)
+
+    def _describe(self) -> None:
+        sample, found = self._sample, self._sample.found
+        index, place, frame = found.shard_index, found.place, self._frame
+        if index.sites is not None and index.labels is not None:
+            frame.describe_by_index(self._row, sample.uid, int(index.sites[place]), int(index.labels[place]), sample.epoch)
+            return
+        column = len(frame.schema.modalities)
+        content = sample.read(found, column)
+        meta = sample.decoded(found, column, lambda: decode_study(content))
+        if meta.uid != sample.uid:
+            raise sample.another_uid()
+        sample.decoded(found, column, lambda: frame.describe(self._row, meta, sample.epoch))
+
+    def _modality(self, column: int) -> bool | None:
+        """Decodes one modality, which may be that of another sample: whether it is there now; None where there is none to read."""
+        frame, row = self._frame, self._row
+        try:
+            found, is_swapped = self._sample.place_of(column)
+            if found.table[column][OFFSET] == ABSENT:
+                frame.clear(row, column)
+                frame.present[row, column] = False
+                return None
+            self._decode(column, found)
+        except DataError as error:
+            self._desk.leave_out(self._step, error)
+            frame.clear(row, column)
+            frame.present[row, column] = False
+            return False
+        frame.present[row, column] = True
+        if is_swapped:
+            frame.severity[row, column] = 1.0
+        return True
+
+    def _decode(self, column: int, found: Found) -> None:
+        sample, frame, row = self._sample, self._frame, self._row
+        spec = frame.schema.modalities[column]
+        if isinstance(spec, VolumeSpec):
+            patch = self._patches.get((row, column)) or sample.patch(column)
+            assert patch is not None  # there is a pointer, or _modality had returned
+            sample.decoded(found, column, lambda: patch.decode(frame.volumes[spec.name][row]))
+            return
+        content = sample.read(found, column)
+        if isinstance(spec, ImageSpec):
+            sample.decoded(found, column, lambda: decode_image(content, frame.images[spec.name][row]))
+            return
+        values, observed = frame.values[spec.name][row], frame.observed[spec.name][row]
+        sample.decoded(found, column, lambda: decode_series(content, values))
+        np.logical_not(np.isnan(values), out=observed)
+        values[~observed] = 0.0
+
+
+def _change(hook: DecodeHook, frame: Frame, chunk: range, name: str, indices: NDArray[np.int64]) -> None:
+    column = frame.schema.names.index(name)
+    for row, index in zip(chunk, indices.tolist(), strict=True):
+        if index > 0 and frame.present[row, column]:
+            frame.images[name][row] = hook.change(frame.images[name][row], index)
+            frame.severity[row, column] = hook.severity(index)
