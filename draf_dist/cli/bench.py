@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from draf_dist.evaluation.bench_cell import Cell, CellResult
     from draf_dist.evaluation.bench_job import BenchJob
     from draf_dist.evaluation.bench_results import Bench
-    from draf_dist.evaluation.executor import Executor
+    from draf_dist.executor import Executor
     from draf_dist.launch.profile import RayProfile
 
 
@@ -130,7 +130,7 @@ def choose_executor(text: str, folder: str) -> "Executor":
     Raises:
         SpecError: there is none of that name, or the profile is not one of kind ray.
     """
-    from draf_dist.evaluation.executor import Processes, Serial
+    from draf_dist.executor import Processes, Serial
 
     if text.endswith((".yaml", ".yml")):
         return _ray_executor(_ray_profile(Path(text)), folder)

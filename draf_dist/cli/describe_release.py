@@ -58,6 +58,13 @@ def nothing_observed(counts: SourceCounts) -> dict[str, list[str]]:
     return {name: made.empty_at for name, made in sorted(counts.variables.items()) if made.empty_at}
 
 
+def print_ignored(ignored: Mapping[str, int]) -> None:
+    """Members of foreign tars that the card does not name, by the last part of their extension."""
+    if ignored:
+        listed = ", ".join(f".{name} {number}" if name else f"without one {number}" for name, number in ignored.items())
+        console.print(f"Members that the card does not name: {listed}.", soft_wrap=True, highlight=False)
+
+
 def print_quarantine(quarantine: Quarantine, counts: Counts, num_duplicates: int = 0) -> None:
     """How many studies were left out, of how many that were read, why, and where the first of them stand.
 

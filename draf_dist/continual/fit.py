@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from draf_dist.errors import SpecError, explain, together
-from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, SeriesSpec, TableSpec
+from draf_dist.schema.modality import DataSchema, ModalitySpec, SeriesSpec, TableSpec
 from draf_dist.sources.base import Source
 
 
@@ -57,7 +57,7 @@ def _modality_differences(had: ModalitySpec, has: ModalitySpec) -> Iterator[tupl
     for field, value in plain_had.items():
         if plain_has[field] != value:
             yield f"modality {had.name}: {field} {value}", str(plain_has[field])
-    if not isinstance(had, ImageSpec) and not isinstance(has, ImageSpec):
+    if isinstance(had, SeriesSpec | TableSpec) and isinstance(has, SeriesSpec | TableSpec):
         yield from _variable_differences(had, has)
 
 

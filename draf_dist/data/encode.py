@@ -2,15 +2,17 @@
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from draf_dist.data.shards import PNG_CHANNELS, extension
-from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, SeriesSpec, TableSpec
-from draf_dist.schema.study import Study
+from draf_dist.data.volumes_fit import UnfitVolumeError, fitted
+from draf_dist.data.volumes_write import encode_volume
+from draf_dist.schema.modality import DataSchema, ImageSpec, SeriesSpec, TableSpec, VolumeSpec
+from draf_dist.schema.study import RawVolume, Study
 
 PNG_COMPRESSION = 6
 MODES = {1: "L", 3: "RGB"}
@@ -21,11 +23,13 @@ class EncodedStudy:
     """A study as a shard holds it.
 
     members: what `extension` gives -> bytes. present: modalities. out_of_range: "<modality>.<variable>" -> values left out.
+    objects: what lies beside the shards: path in the release's store -> bytes, in the order to write them.
     """
 
     members: Mapping[str, bytes]
     present: tuple[str, ...]
     out_of_range: Mapping[str, int]
+    objects: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class UnfitError(Exception):
@@ -46,7 +50,14 @@ def encode_study(study: Study, schema: DataSchema) -> EncodedStudy:
     members: dict[str, bytes] = {}
     present: list[str] = []
     out_of_range: dict[str, int] = {}
+    objects: dict[str, bytes] = {}
     for spec in schema.modalities:
+        if isinstance(spec, VolumeSpec):
+            if spec.name in study.volumes:
+                members[extension(spec)], written = _encode_volume(study.volumes[spec.name], spec)
+                objects |= written
+                present.append(spec.name)
+            continue
         if spec.name not in study.inputs:
             continue
         array = study.inputs[spec.name]
@@ -61,7 +72,16 @@ def encode_study(study: Study, schema: DataSchema) -> EncodedStudy:
         present.append(spec.name)
     if not present:
         raise UnfitError("no input", "no modality with an observed value")
-    return EncodedStudy(members, tuple(present), out_of_range)
+    return EncodedStudy(members, tuple(present), out_of_range, objects)
+
+
+def _encode_volume(raw: RawVolume, spec: VolumeSpec) -> tuple[bytes, dict[str, bytes]]:
+    """The member of a volume, and the objects that it points to."""
+    try:
+        pointer, objects = encode_volume(fitted(raw, spec), spec)
+    except UnfitVolumeError as error:
+        raise UnfitError(error.reason, error.detail) from error
+    return pointer.model_dump_json().encode(), objects
 
 
 def resized(array: NDArray[np.uint8] | NDArray[np.float32], spec: ImageSpec) -> NDArray[np.uint8]:
@@ -103,7 +123,7 @@ def in_range(
     return np.where(excluded, np.float32(np.nan), array.astype(np.float32, copy=False)), counts
 
 
-def encode_array(array: NDArray[np.uint8] | NDArray[np.float32], spec: ModalitySpec) -> bytes:
+def encode_array(array: NDArray[np.uint8] | NDArray[np.float32], spec: ImageSpec | SeriesSpec | TableSpec) -> bytes:
     """One member: PNG for grey and RGB images, npy for everything else."""
     buffer = io.BytesIO()
     if isinstance(spec, ImageSpec) and spec.channels in PNG_CHANNELS:
@@ -120,5 +140,5 @@ def _check_names(study: Study, schema: DataSchema) -> None:
         raise UnfitError("unknown site", f"expected one of {', '.join(schema.sites)}")
     if not 0 <= study.label < schema.num_classes:
         raise UnfitError("unknown label", f"class index {study.label} of {schema.num_classes} classes")
-    if unknown := sorted(set(study.inputs) - set(schema.names)):
+    if unknown := sorted({*study.inputs, *study.volumes} - set(schema.names)):
         raise UnfitError("unknown modality", f"{', '.join(unknown)} beside {', '.join(schema.names)}")

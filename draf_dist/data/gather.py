@@ -1,16 +1,18 @@
 """One pass over a source: fit studies encoded into a spool on local disk, the others into quarantine, leaks refused."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from draf_dist.data.encode import EncodedStudy, UnfitError, encode_study
+from draf_dist.data.in_order import in_order
 from draf_dist.data.shards import META, SampleMeta, encode_meta, extension
 from draf_dist.errors import DataError, explain, together
 from draf_dist.schema.identity import study_uid, subject_pseudonym, uid_name
-from draf_dist.schema.modality import ImageSpec
+from draf_dist.schema.modality import ImageSpec, VolumeSpec
 from draf_dist.schema.release import Quarantine, QuarantinedStudy
 from draf_dist.schema.study import Rejection, Study
 from draf_dist.sources.base import Source
@@ -26,7 +28,8 @@ TAR_BLOCK_BYTES = 512
 class Row:
     """A study whose members lie in the spool: subject is its pseudonym, label its class index, parts are (suffix, size).
 
-    where: its place in the export, for messages.
+    where: its place in the export, for messages. objects: (path in the release's store, size) of what lies beside the shards, in
+    the order to write it; in the spool it follows the members.
     """
 
     uid: int
@@ -37,6 +40,7 @@ class Row:
     offset: int
     parts: tuple[tuple[str, int], ...]
     where: str
+    objects: tuple[tuple[str, int], ...] = ()
 
     @property
     def tar_bytes(self) -> int:
@@ -61,9 +65,27 @@ class Spool:
         return offset, tuple((suffix, len(data)) for suffix, data in members.items())
 
     def read(self, row: Row) -> dict[str, bytes]:
-        """The members of a study."""
-        self._file.seek(row.offset)
-        return {suffix: self._file.read(size) for suffix, size in row.parts}
+        """The members of a study; several threads may read."""
+        data, start = self._read(row.offset, sum(size for _, size in row.parts)), 0
+        members = {}
+        for suffix, size in row.parts:
+            members[suffix] = data[start : start + size]
+            start += size
+        return members
+
+    def read_object(self, row: Row, path: str) -> bytes:
+        """One of the objects of a study."""
+        offset = row.offset + sum(size for _, size in row.parts)
+        for name, size in row.objects:
+            if name == path:
+                return self._read(offset, size)
+            offset += size
+        raise KeyError(path)
+
+    def _read(self, offset: int, size: int) -> bytes:
+        # Not by the file's own position, which all threads share; what it still holds back must be there first.
+        self._file.flush()
+        return os.pread(self._file.fileno(), size, offset)
 
     def close(self) -> None:
         """Gives the disk space back."""
@@ -121,8 +143,8 @@ class Gathered:
         )
 
 
-def gather(source: Source, spool: Spool, *, subject_key: bytes, limit: float, on_progress: Progress) -> Gathered:
-    """Reads the whole source.
+def gather(source: Source, spool: Spool, *, subject_key: bytes, limit: float, on_progress: Progress, jobs: int = 1) -> Gathered:
+    """Reads the whole source; `jobs` studies at once are encoded, and what is found does not depend on that.
 
     Raises:
         DataError: one image under two subjects, no usable study, or more than `limit` of the studies unusable.
@@ -131,7 +153,11 @@ def gather(source: Source, spool: Spool, *, subject_key: bytes, limit: float, on
     rejections: list[Rejection] = []
     out_of_range: Counter[str] = Counter()
     leaks = Leaks()
-    for number, study in enumerate(source.studies(), start=1):
+
+    def encode(study: Study | Rejection) -> EncodedStudy | None:
+        return None if isinstance(study, Rejection) else encode_study(study, source.schema)
+
+    for number, (study, encoded_study) in enumerate(in_order(source.studies(), encode, jobs), start=1):
         on_progress(number, None)
         if isinstance(study, Rejection):
             rejections.append(study)
@@ -140,7 +166,8 @@ def gather(source: Source, spool: Spool, *, subject_key: bytes, limit: float, on
         try:
             if uid in rows:
                 raise UnfitError("duplicate study", "the same subject, site and anchor a second time")
-            encoded = encode_study(study, source.schema)
+            encoded = encoded_study()
+            assert encoded is not None
         except UnfitError as error:
             where = study.where or f"study {number} of {source.name}"
             rejections.append(Rejection(site=study.site, where=where, reason=error.reason, detail=error.detail))
@@ -163,13 +190,14 @@ def _keep(spool: Spool, study: Study, encoded: EncodedStudy, *, uid: int, subjec
     quality = {name: float(value) for name, value in sorted(study.quality.items()) if name in encoded.present}
     meta = encode_meta(SampleMeta(uid, subject, study.site, label, quality))
     offset, parts = spool.add({**encoded.members, META: meta})
-    return Row(uid, subject, study.site, study.label, encoded.present, offset, parts, study.where)
+    _, objects = spool.add(encoded.objects)
+    return Row(uid, subject, study.site, study.label, encoded.present, offset, parts, study.where, objects)
 
 
 def _image_contents(study: Study, encoded: EncodedStudy, source: Source) -> dict[str, tuple[bytes, ...]]:
     contents: dict[str, tuple[bytes, ...]] = {}
     for spec in source.schema.modalities:
-        if isinstance(spec, ImageSpec) and spec.name in encoded.present:
+        if isinstance(spec, ImageSpec | VolumeSpec) and spec.name in encoded.present:
             stored = hashlib.sha256(encoded.members[extension(spec)]).digest()[:16]
             raw = study.image_digests.get(spec.name)
             contents[spec.name] = (stored,) if raw is None else (bytes.fromhex(raw)[:16], stored)

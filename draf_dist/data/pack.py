@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draf_dist.data.gather import Gathered, Progress, Row, Spool, gather
+from draf_dist.data.in_order import in_order
 from draf_dist.data.release import index_path, tar_path
 from draf_dist.data.shards import ShardWriter, cut, encode_index, extension, index_tar, sha256_of
 from draf_dist.data.splits import component_of
-from draf_dist.data.stats import StatsBuilder, decode_member
+from draf_dist.data.stats import Inputs, StatsBuilder, decode_member
 from draf_dist.schema.modality import DataSchema
 from draf_dist.schema.release import SPLITS, ShardRecord, Split, TrainingSums
 from draf_dist.sources.base import Source
@@ -23,17 +24,20 @@ RowsBySplit = Mapping[Split, Sequence[Row]]
 
 @dataclass(frozen=True)
 class Packing:
-    """Where shards go. folder: local, for the shard that is being written. schema: gives the order of the modalities."""
+    """Where shards go. folder: local, for shards while they are written, `jobs` at once. schema: the order of the modalities."""
 
     store: Store
     spool: Spool
     folder: Path
     schema: DataSchema
     shard_size_bytes: int
+    jobs: int = 1
 
 
 @contextmanager
-def gathered(source: Source, subject_key: bytes, limit: float, on_progress: Progress) -> Iterator[tuple[Path, Spool, Gathered]]:
+def gathered(
+    source: Source, subject_key: bytes, limit: float, on_progress: Progress, jobs: int = 1
+) -> Iterator[tuple[Path, Spool, Gathered]]:
     """A temporary folder, the spool in it, and what was read; gone at the end, also after an error.
 
     Raises:
@@ -43,7 +47,7 @@ def gathered(source: Source, subject_key: bytes, limit: float, on_progress: Prog
     with tempfile.TemporaryDirectory(prefix="draf-prepare-") as name:
         folder = Path(name)
         with room_on(folder), closing(Spool(folder / "spool")) as spool:
-            yield folder, spool, gather(source, spool, subject_key=subject_key, limit=limit, on_progress=on_progress)
+            yield folder, spool, gather(source, spool, subject_key=subject_key, limit=limit, on_progress=on_progress, jobs=jobs)
 
 
 def by_split(rows: Sequence[Row], splits: Mapping[str, Split]) -> dict[Split, list[Row]]:
@@ -51,12 +55,18 @@ def by_split(rows: Sequence[Row], splits: Mapping[str, Split]) -> dict[Split, li
     return {split: [row for row in rows if splits[component_of(row.subject)] == split] for split in SPLITS}
 
 
-def training_statistics(spool: Spool, rows: Sequence[Row], schema: DataSchema, start: TrainingSums | None = None) -> StatsBuilder:
+def training_statistics(
+    spool: Spool, rows: Sequence[Row], schema: DataSchema, start: TrainingSums | None = None, *, jobs: int = 1
+) -> StatsBuilder:
     """The statistics of the training rows, on top of what came before."""
     builder = StatsBuilder(schema, start)
-    for row in rows:
+
+    def decode(row: Row) -> Inputs:
         members = spool.read(row)
-        builder.add({s.name: decode_member(members[extension(s)], s) for s in schema.modalities if s.name in row.present})
+        return {s.name: decode_member(members[extension(s)], s) for s in schema.modalities if s.name in row.present}
+
+    for _, inputs in in_order(rows, decode, jobs):
+        builder.add(inputs())
     return builder
 
 
@@ -67,18 +77,23 @@ def write_shards(packing: Packing, rows_by_split: RowsBySplit, on_progress: Prog
     """
     shards: list[ShardRecord] = []
     done, total = 0, sum(len(rows) for rows in rows_by_split.values())
-    for split, rows in rows_by_split.items():
-        for part in cut([row.tar_bytes for row in rows], packing.shard_size_bytes):
-            shards.append(_write_shard(packing, rows[part], split))
-            done += shards[-1].num_samples
-            on_progress(done, total)
+    parts = (
+        (split, rows[part])
+        for split, rows in rows_by_split.items()
+        for part in cut([row.tar_bytes for row in rows], packing.shard_size_bytes)
+    )
+    for _, written in in_order(parts, lambda part: _write_shard(packing, part[1], part[0]), packing.jobs):
+        shards.append(written())
+        done += shards[-1].num_samples
+        on_progress(done, total)
     return tuple(shards)
 
 
 def _write_shard(packing: Packing, rows: Sequence[Row], split: Split) -> ShardRecord:
-    store, local = packing.store, packing.folder / "shard"
+    store, local = packing.store, packing.folder / f"shard-{split}-{rows[0].uid}"
     with ShardWriter(local) as writer:
         for row in rows:
+            _write_objects(packing, row)
             writer.write(row.uid, packing.spool.read(row))
     index = encode_index(index_tar(local, packing.schema))
     shard = ShardRecord(
@@ -95,3 +110,10 @@ def _write_shard(packing: Packing, rows: Sequence[Row], split: Split) -> ShardRe
         store.write(index_path(shard), index)
     local.unlink()
     return shard
+
+
+def _write_objects(packing: Packing, row: Row) -> None:
+    """What a study has beside the shards; before the shard that points to it. Names follow from the content, as those of shards."""
+    for path, size in row.objects:
+        if packing.store.size(path) != size:
+            packing.store.write(path, packing.spool.read_object(row, path))

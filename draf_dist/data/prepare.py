@@ -15,7 +15,7 @@ from draf_dist.data.release import Release, lineage, load_release
 from draf_dist.data.splits import SplitRule, StudyRow, assign_splits
 from draf_dist.errors import GateError, explain
 from draf_dist.schema.release import Quarantine, ReleaseManifest, ShardRecord, Split
-from draf_dist.sources.base import Source
+from draf_dist.sources.base import Described, Source
 from draf_dist.storage import Store, open_store
 
 QUARANTINE_LIMIT = 0.05
@@ -36,6 +36,7 @@ def prepare(
     subject_key: bytes,
     limit: float = QUARANTINE_LIMIT,
     shard_size_bytes: int = SHARD_BYTES,
+    jobs: int = 1,
     on_progress: Progress = lambda done, total: None,
     rule: SplitRule = assign_splits,
 ) -> Release:
@@ -51,6 +52,7 @@ def prepare(
         subject_key: the secret under which subjects become pseudonyms.
         limit: share of studies that may go to quarantine.
         shard_size_bytes: a shard is cut before it would be larger.
+        jobs: how many studies are encoded, and shards written, at once.
         on_progress: called with (studies read, None), then with (studies written, all studies).
         rule: which split a subject goes to.
 
@@ -64,14 +66,14 @@ def prepare(
     url = unversioned(url)
     store = open_store(url)
     parent = find_parent(store, url, source.name, subject_key)
-    with gathered(source, subject_key, limit, on_progress) as (folder, spool, found):
-        splits = _splits(found, source, parent, rule)
+    with gathered(source, subject_key, limit, on_progress, jobs) as (folder, spool, found):
+        splits = splits_of(found, source, parent, rule)
         rows = by_split(found.rows, splits)
-        stats = training_statistics(spool, rows["train"], source.schema).result()
-        shards = write_shards(Packing(store, spool, folder, source.schema, shard_size_bytes), rows, on_progress)
+        stats = training_statistics(spool, rows["train"], source.schema, jobs=jobs).result()
+        shards = write_shards(Packing(store, spool, folder, source.schema, shard_size_bytes, jobs), rows, on_progress)
     parts = encode_parts(source.schema, stats, subjects_table(found.rows, splits, source.schema), found.quarantine(limit))
-    manifest = _manifest(source, parts, parent, key_check(subject_key), rows, found, shards)
-    return _publish(store, url, manifest, parts, parent)
+    manifest = manifest_of(source, parts, parent, key_check(subject_key), rows, found, shards)
+    return publish(store, url, manifest, parts, parent)
 
 
 def inspect_source(
@@ -80,6 +82,7 @@ def inspect_source(
     *,
     subject_key: bytes,
     limit: float = QUARANTINE_LIMIT,
+    jobs: int = 1,
     on_progress: Progress = lambda done, total: None,
 ) -> Inspection:
     """Reads and checks everything as `prepare` to this URL does, and writes nothing; raises what `prepare` would.
@@ -90,18 +93,19 @@ def inspect_source(
     if url is not None:
         url = unversioned(url)
         parent = find_parent(open_store(url), url, source.name, subject_key)
-    with gathered(source, subject_key, limit, on_progress) as (_, _, found):
-        splits = _splits(found, source, parent, assign_splits)
+    with gathered(source, subject_key, limit, on_progress, jobs) as (_, _, found):
+        splits = splits_of(found, source, parent, assign_splits)
     return Inspection(count(source.schema, by_split(found.rows, splits)), found.quarantine(limit))
 
 
-def _splits(found: Gathered, source: Source, parent: Parent, rule: SplitRule) -> dict[str, Split]:
+def splits_of(found: Gathered, source: Described, parent: Parent, rule: SplitRule) -> dict[str, Split]:
+    """Component -> split."""
     studies = [StudyRow(row.subject, row.site, row.label) for row in found.rows]
     return rule(studies, held_out_sites=source.held_out_sites, assigned=parent.assigned)
 
 
-def _manifest(
-    source: Source,
+def manifest_of(
+    source: Described,
     parts: Parts,
     parent: Parent,
     subject_key_check: str,
@@ -109,6 +113,7 @@ def _manifest(
     found: Gathered,
     shards: tuple[ShardRecord, ...],
 ) -> ReleaseManifest:
+    """The manifest, with its version."""
     return finished(
         ReleaseManifest(
             version="",
@@ -126,7 +131,12 @@ def _manifest(
     )
 
 
-def _publish(store: Store, url: str, manifest: ReleaseManifest, parts: Parts, parent: Parent) -> Release:
+def publish(store: Store, url: str, manifest: ReleaseManifest, parts: Parts, parent: Parent) -> Release:
+    """Completes the version and makes it the newest one, unless deliveries came to it since.
+
+    Raises:
+        GateError: their studies would be lost, or another run published meanwhile.
+    """
     delivered = parent.manifest.deliveries if parent.manifest is not None else ()
     version = manifest.version
     if delivered and parent.manifest is not None and version not in lineage(store, parent.manifest):

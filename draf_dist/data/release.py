@@ -3,8 +3,10 @@
 import difflib
 import hashlib
 import json
+import posixpath
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -31,6 +33,7 @@ SUBJECTS_SCHEMA = pa.schema(
     ]
 )
 RESTORE = "Restore the file from a copy."
+CHANGED = "If it was changed on purpose, run draf prepare again; else restore it."
 REWRITE = "Restore the file from a copy, or delete it and run draf prepare again on the same export: it writes what is missing."
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -45,6 +48,8 @@ class Release:
     manifest: ReleaseManifest
     schema: DataSchema
     stats: ReleaseStats
+    # Of folders with foreign tars, by URL. Two threads may open one twice; the first one stays.
+    _tar_stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def pinned_url(self) -> str:
@@ -64,10 +69,37 @@ class Release:
         path = index_path(shard)
         data = _read_checked(self.store, path, shard.index_sha256)
         try:
-            return decode_index(data, self.schema.names)
+            return self._fitting(decode_index(data, self.schema.names), shard)
         except ValueError as error:
             where = self.store.where(path)
             raise DataError(explain(where, expected="an index", found=str(error), remedy=REWRITE)) from error
+
+    def tar_location(self, shard: ShardRecord) -> tuple[Store, str]:
+        """The store and the path in it at which a shard's tar lies, its own or a foreign one.
+
+        Raises:
+            SpecError: the folder or bucket of a foreign tar does not exist.
+            UnreachableError: its store does not answer, or refuses the credentials.
+        """
+        if shard.url is None:
+            return self.store, tar_path(shard)
+        folder, _, name = resolved(self.store.url, shard.url).rpartition("/")
+        if folder not in self._tar_stores:
+            self._tar_stores.setdefault(folder, open_store(folder or "/"))
+        return self._tar_stores[folder], name
+
+    def where_tar(self, shard: ShardRecord) -> str:
+        """The URL of a shard's tar, for messages; opens no store."""
+        return self.store.where(tar_path(shard)) if shard.url is None else resolved(self.store.url, shard.url)
+
+    def _fitting(self, index: ShardIndex, shard: ShardRecord) -> ShardIndex:
+        if index.is_foreign != (shard.url is not None):
+            raise ValueError("one of another kind of shard")
+        if index.sites is None or index.labels is None or not index.num_samples:
+            return index
+        if index.sites.max() >= len(self.schema.sites) or index.labels.max() >= self.schema.num_classes:
+            raise ValueError("a site or label that schema.json does not have")
+        return index
 
     def subjects(self) -> pa.Table:
         """Every study: subject (pseudonym), site, split, component, uid, label; in the order of uids."""
@@ -100,13 +132,31 @@ class LogEntry:
 
 
 def tar_path(shard: ShardRecord) -> str:
-    """Where a shard lies in its store."""
+    """Where a shard of our own lies in the release's store; see Release.tar_location."""
     return f"shards/{shard.split}/{shard.sha256}.tar"
 
 
 def index_path(shard: ShardRecord) -> str:
-    """Where the index of a shard lies in its store."""
-    return f"shards/{shard.split}/{shard.sha256}.idx"
+    """Where the index of a shard lies in the release's store.
+
+    Named after the tar, but that of a foreign tar after itself: another card makes another index of the same tar.
+    """
+    return f"shards/{shard.split}/{shard.sha256 if shard.url is None else shard.index_sha256}.idx"
+
+
+def resolved(base: str, url: str) -> str:
+    """The URL of a foreign tar, absolute; base is that of the store whose release names it.
+
+    A relative path goes on from the folder of the data set (in S3: from its prefix), so that both can be moved together.
+    """
+    if "://" in url or url.startswith("/"):
+        return url
+    scheme, separator, rest = base.partition("://")
+    if not separator:
+        return posixpath.normpath(f"{Path(base).expanduser().absolute().as_posix()}/{url}")
+    bucket, _, prefix = rest.partition("/")
+    # What climbs higher than the bucket ends at its top, as a path does at the root of a disk.
+    return f"{scheme}://{bucket}{posixpath.normpath(f'/{prefix}/{url}')}"
 
 
 def release_path(version: str, name: str) -> str:

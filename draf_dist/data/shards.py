@@ -17,11 +17,10 @@ from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset.writer import TarWriter
 
 from draf_dist.errors import DataError, explain
 from draf_dist.schema.identity import uid_name
-from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec
+from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, VolumeSpec
 
 META = "json"
 # Grey and RGB; an image of another number of channels is stored as npy.
@@ -30,6 +29,8 @@ READ_BLOCK_BYTES = 8 * 2**20
 # Columns of the index table after the uid: (offset, size, crc32) for every modality in axis order, then for the json.
 OFFSET, SIZE, CRC32 = range(3)
 ABSENT = -1
+# What the index of a foreign tar has behind them: site and label.
+FOREIGN_COLUMNS = 2
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,24 @@ class Member:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where everything of one tar is. Stored as one .npy of int64 (n, 1 + 3 (M + 1)).
+    """Where everything of one tar is. Stored as one .npy of int64 (n, 1 + 3 (M + 1)), for a foreign tar two columns wider.
 
-    uids: int64 (n,), ascending. members: int64 (n, M + 1, 3) of (offset, size, crc32), -1 where a modality is absent; the last
-    of the M + 1 is the sample's json.
+    uids: int64 (n,); ascending in a tar of our own, in the order in which they lie in a foreign one.
+    members: int64 (n, M + 1, 3) of (offset, size, crc32), -1 where a modality is absent; the last of the M + 1 is the json.
+    sites, labels: int64 (n,), indices into those of the schema, or None. A foreign tar has no json of ours: all that a sample
+    needs stands here, and the last of the M + 1 is absent throughout. In a tar of our own the json says it.
     """
 
     modalities: tuple[str, ...]
     uids: NDArray[np.int64]
     members: NDArray[np.int64]
+    sites: NDArray[np.int64] | None = None
+    labels: NDArray[np.int64] | None = None
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the tar was written by somebody else, so that its samples have no json of ours."""
+        return self.sites is not None
 
     @property
     def num_samples(self) -> int:
@@ -77,7 +87,7 @@ class ShardIndex:
         return self._member(i, self.modalities.index(modality))
 
     def meta(self, i: int) -> Member:
-        """The json of sample i."""
+        """The json of sample i, in a tar of our own."""
         found = self._member(i, len(self.modalities))
         assert found is not None  # every sample has one: decode_index refuses an index without
         return found
@@ -106,6 +116,9 @@ class SampleMeta:
     quality: Mapping[str, float]
 
 
+META_KEYS = frozenset(field.name for field in fields(SampleMeta))
+
+
 def encode_meta(meta: SampleMeta) -> bytes:
     """The json member, the same bytes for the same sample."""
     content = asdict(meta) | {"uid": uid_name(meta.uid)}
@@ -118,8 +131,8 @@ def decode_meta(data: bytes) -> SampleMeta:
     Raises:
         ValueError: it is not what `encode_meta` writes.
     """
-    content = json.loads(data)
-    if not isinstance(content, dict) or set(content) != {field.name for field in fields(SampleMeta)}:
+    content = json.loads(str(data, "utf-8"))
+    if not isinstance(content, dict) or content.keys() != META_KEYS:
         raise ValueError("not the json of a sample")
     if not isinstance(content["quality"], dict) or not all(isinstance(content[name], str) for name in ("subject", "site", "label")):
         raise ValueError("not the json of a sample")
@@ -134,13 +147,18 @@ def member_name(uid: int, spec: ModalitySpec) -> str:
 
 def extension(spec: ModalitySpec) -> str:
     """What follows the uid in a member's name."""
+    if isinstance(spec, VolumeSpec):
+        return f"{spec.name}.json"
     is_png = isinstance(spec, ImageSpec) and spec.channels in PNG_CHANNELS
     return f"{spec.name}.{'png' if is_png else 'npy'}"
 
 
 def encode_index(index: ShardIndex) -> bytes:
     """The .idx file, the same bytes for the same index."""
-    table = np.concatenate([index.uids[:, None], index.members.reshape(index.num_samples, -1)], axis=1)
+    columns = [index.uids[:, None], index.members.reshape(index.num_samples, 3 * (len(index.modalities) + 1))]
+    if index.sites is not None and index.labels is not None:
+        columns += [index.sites[:, None], index.labels[:, None]]
+    table = np.concatenate(columns, axis=1)
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, table.astype("<i8"), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
@@ -154,18 +172,27 @@ def decode_index(data: bytes, modalities: tuple[str, ...]) -> ShardIndex:
     """
     table = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     num_columns = 1 + 3 * (len(modalities) + 1)
-    if table.dtype != np.dtype("<i8") or table.ndim != 2 or table.shape[1] != num_columns:
+    if table.dtype != np.dtype("<i8") or table.ndim != 2 or table.shape[1] not in (num_columns, num_columns + FOREIGN_COLUMNS):
         raise ValueError(f"expected int64 (n, {num_columns}), found {table.dtype} {table.shape}")
-    members = table[:, 1:].reshape(len(table), len(modalities) + 1, 3)
-    if (members[:, -1, OFFSET] < 0).any():
-        raise ValueError("a sample without its json")
-    return ShardIndex(modalities, np.ascontiguousarray(table[:, 0]), members)
+    members = np.ascontiguousarray(table[:, 1:num_columns]).reshape(len(table), len(modalities) + 1, 3)
+    uids = np.ascontiguousarray(table[:, 0])
+    if table.shape[1] == num_columns:
+        if (members[:, -1, OFFSET] < 0).any():
+            raise ValueError("a sample without its json")
+        return ShardIndex(modalities, uids, members)
+    sites, labels = (np.ascontiguousarray(column) for column in table[:, num_columns:].T)
+    if (members[:, -1] != ABSENT).any() or (np.stack([uids, sites, labels]) < 0).any():
+        raise ValueError("a sample without its site or label")
+    return ShardIndex(modalities, uids, members, sites, labels)
 
 
 class ShardWriter:
     """Writes one tar: the same samples give the same bytes. A context manager: the tar is complete once the block has ended."""
 
     def __init__(self, path: Path) -> None:
+        # It imports torch; processes that only read shards start in a third of the time without.
+        from webdataset.writer import TarWriter
+
         self._file = path.open("wb")
         self._tar = TarWriter(self._file, user="", group="", mode=0o444, mtime=0, encoder=False)
 

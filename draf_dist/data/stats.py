@@ -1,22 +1,28 @@
 """Statistics of the training split, from one pass, in float64: what normalisation subtracts and divides by."""
 
+import math
 from collections.abc import Mapping
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from draf_dist.data.decode import Bytes, decode_image, decode_series, series_shape
-from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, SeriesSpec, TableSpec
+from draf_dist.data.volumes import STEP, open_pointer
+from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, SeriesSpec, TableSpec, VolumeSpec
 from draf_dist.schema.release import ImageStats, ImageSums, ReleaseStats, TrainingSums, VariableStats, VariableSums
+from draf_dist.schema.volume import VolumePointer
 
 Array = NDArray[np.uint8] | NDArray[np.float32]
-Inputs = Mapping[str, Array]
+# A volume is counted by the sums in its pointer.
+Inputs = Mapping[str, Array | VolumePointer]
 
 
 class ImageMoments:
-    """Pixel sums as whole numbers: exact, so the order of the images does not matter."""
+    """Sums over pixels or voxels as whole numbers of `step`: exact, so the order of the images does not matter."""
 
-    def __init__(self, start: ImageSums | None = None) -> None:
+    def __init__(self, start: ImageSums | None = None, step: float = 1.0) -> None:
+        self._step = step
         self.num_images, self.num_pixels, self.total, self.total_squares = 0, 0, 0, 0
         if start is not None:
             self.num_images, self.num_pixels = start.num_images, start.num_pixels
@@ -30,6 +36,13 @@ class ImageMoments:
         self.total += int(wide.sum())
         self.total_squares += int((wide * wide).sum())
 
+    def add_volume(self, pointer: VolumePointer) -> None:
+        """Counts one volume by the sums that its pointer states."""
+        self.num_images += 1
+        self.num_pixels += math.prod(pointer.shape)
+        self.total += pointer.total
+        self.total_squares += pointer.total_squares
+
     def sums(self) -> ImageSums:
         """To go on from later."""
         return ImageSums(num_images=self.num_images, num_pixels=self.num_pixels, total=self.total, total_squares=self.total_squares)
@@ -39,8 +52,8 @@ class ImageMoments:
         if not self.num_pixels:
             return ImageStats(mean=0.0, std=1.0, num_images=0)
         spread = self.num_pixels * self.total_squares - self.total**2
-        std = float(np.sqrt(float(spread))) / self.num_pixels if spread else 1.0
-        return ImageStats(mean=self.total / self.num_pixels, std=std, num_images=self.num_images)
+        std = float(np.sqrt(float(spread))) / self.num_pixels * self._step if spread else 1.0
+        return ImageStats(mean=self.total / self.num_pixels * self._step, std=std, num_images=self.num_images)
 
 
 class VariableMoments:
@@ -58,12 +71,12 @@ class VariableMoments:
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Counts the observed values of one sample, (T, F) with NaN where not observed."""
-        wide = values.astype(np.float64)
-        observed = ~np.isnan(wide)
-        count = observed.sum(axis=0)
-        divisor = np.maximum(count, 1)
-        mean = np.where(observed, wide, 0.0).sum(axis=0) / divisor
-        squares = (np.where(observed, wide - mean, 0.0) ** 2).sum(axis=0)
+        self.merge(moments_of(values))
+
+    def merge(self, moments: NDArray[np.float64]) -> None:
+        """Counts one sample by its moments, as `moments_of` gives them."""
+        mean, squares = moments[1:]
+        count = moments[0].astype(np.int64)
         total = np.maximum(self.count + count, 1)
         delta = mean - self.mean
         self.squares += np.where(count > 0, squares + delta**2 * (self.count * count / total), 0.0)
@@ -86,6 +99,16 @@ class VariableMoments:
         return VariableStats(mean=float(self.mean[i]), std=std or 1.0, num_observed=count)
 
 
+def moments_of(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of one sample, (T, F), by variable: how many values are observed, their mean, the sum of their squared deviations: (3, F)."""
+    wide = values.astype(np.float64)
+    observed = ~np.isnan(wide)
+    count = observed.sum(axis=0)
+    mean = np.where(observed, wide, 0.0).sum(axis=0) / np.maximum(count, 1)
+    squares = (np.where(observed, wide - mean, 0.0) ** 2).sum(axis=0)
+    return np.stack([count.astype(np.float64), mean, squares])
+
+
 class StatsBuilder:
     """Takes the training samples one at a time and holds sums only.
 
@@ -96,17 +119,23 @@ class StatsBuilder:
         self._schema = schema
         images = {} if start is None else start.images
         variables = {} if start is None else start.variables
-        self._images = {spec.name: ImageMoments(images.get(spec.name)) for spec in schema.modalities if isinstance(spec, ImageSpec)}
+        self._images = {
+            spec.name: ImageMoments(images.get(spec.name), STEP[spec.dtype] if isinstance(spec, VolumeSpec) else 1.0)
+            for spec in schema.modalities
+            if isinstance(spec, ImageSpec | VolumeSpec)
+        }
         self._variables = {
             spec.name: VariableMoments(len(spec.variables), variables.get(spec.name))
             for spec in schema.modalities
-            if not isinstance(spec, ImageSpec)
+            if isinstance(spec, SeriesSpec | TableSpec)
         }
 
     def add(self, inputs: Inputs) -> None:
         """Counts the present modalities of one sample, as they are stored."""
         for name, array in inputs.items():
-            if name in self._images:
+            if isinstance(array, VolumePointer):
+                self._images[name].add_volume(array)
+            elif name in self._images:
                 self._images[name].add(array.astype(np.uint8, copy=False))
             else:
                 self._variables[name].add(array.astype(np.float32, copy=False))
@@ -125,17 +154,23 @@ class StatsBuilder:
             variables={
                 spec.name: self._variables[spec.name].result(spec)
                 for spec in self._schema.modalities
-                if not isinstance(spec, ImageSpec)
+                if isinstance(spec, SeriesSpec | TableSpec)
             },
         )
 
 
-def decode_member(data: Bytes, spec: ModalitySpec) -> Array:
-    """A modality as it is stored: uint8 (C, H, W), or float32 (T, F) with NaN where not observed.
+@overload
+def decode_member(data: Bytes, spec: ImageSpec | SeriesSpec | TableSpec) -> Array: ...
+@overload
+def decode_member(data: Bytes, spec: VolumeSpec) -> VolumePointer: ...
+def decode_member(data: Bytes, spec: ModalitySpec) -> Array | VolumePointer:
+    """A modality as it is stored: uint8 (C, H, W), or float32 (T, F) with NaN where not observed; of a volume its pointer.
 
     Raises:
         UndecodableError: it is not what the schema says.
     """
+    if isinstance(spec, VolumeSpec):
+        return open_pointer(data, spec)
     if isinstance(spec, ImageSpec):
         pixels = np.empty((spec.channels, spec.height, spec.width), dtype=np.uint8)
         decode_image(data, pixels)

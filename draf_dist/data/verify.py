@@ -3,9 +3,9 @@
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,14 +13,17 @@ import numpy as np
 
 from draf_dist.data.decode import UndecodableError, decode_study
 from draf_dist.data.descent import broken, check_descent, leak
+from draf_dist.data.foreign_verify import read_foreign
 from draf_dist.data.receipts import receipt
 from draf_dist.data.release import SUBJECTS_SCHEMA, Release, index_path, tar_path
 from draf_dist.data.shards import META, READ_BLOCK_BYTES, Member, ShardIndex, extension, index_tar, sha256_of
 from draf_dist.data.splits import component_of
 from draf_dist.data.stats import StatsBuilder, decode_member
+from draf_dist.data.volumes_check import check_volume
 from draf_dist.schema.identity import uid_name
-from draf_dist.schema.modality import ImageSpec
+from draf_dist.schema.modality import ImageSpec, VolumeSpec
 from draf_dist.schema.release import SPLITS, ShardRecord, Split
+from draf_dist.schema.volume import VolumePointer
 from draf_dist.storage import MissingError, room_on
 
 
@@ -59,19 +62,35 @@ def verify(release: Release, on_progress: Callable[[int, int], None] = lambda do
     check_descent(release)
     contents = _Contents(release, studies)
     total = sum(shard.num_samples for shard in release.manifest.shards)
+    foreign = _by_tar(release)
+    # In manifest order: sums of values depend on it in their last bits.
     for shard in release.manifest.shards:
-        with _local_tar(release, shard) as path:
-            contents.check_shard(shard, path)
+        if shard.url is None:
+            with _local_tar(release, shard) as path:
+                contents.check_shard(shard, path)
+        elif shards := foreign.pop(shard.url, ()):
+            contents.check_foreign(shards)
         on_progress(contents.num_samples, total)
     contents.check_totals()
+    # A foreign tar may be a shard of several splits.
+    tars = {shard.sha256: shard.size_bytes for shard in release.manifest.shards}
     return VerifyReport(
         version=release.version,
         num_shards=len(release.manifest.shards),
         num_samples=contents.num_samples,
         num_members=contents.num_members,
         num_subjects=len({study.subject for study in studies.values()}),
-        size_bytes=sum(shard.size_bytes for shard in release.manifest.shards),
+        size_bytes=sum(tars.values()) + contents.volume_bytes,
     )
+
+
+def _by_tar(release: Release) -> dict[str, list[ShardRecord]]:
+    """The shards that point to each foreign tar: it is read once for all of them."""
+    found: dict[str, list[ShardRecord]] = {}
+    for shard in release.manifest.shards:
+        if shard.url is not None:
+            found.setdefault(shard.url, []).append(shard)
+    return found
 
 
 def _studies(release: Release) -> dict[int, _Study]:
@@ -131,6 +150,8 @@ class _Contents:
         self._counts: Counter[tuple[str, Split, str]] = Counter()
         # Digest of a stored image -> the study in which it was first seen.
         self._images: dict[bytes, int] = {}
+        # Digest of a volume that was found to be whole -> its bytes.
+        self._volumes: dict[str, int] = {}
 
     @property
     def num_samples(self) -> int:
@@ -156,27 +177,44 @@ class _Contents:
         if not (np.array_equal(actual.uids, index.uids) and np.array_equal(actual.members, index.members)):
             raise broken(where, "the members that its index names", "others")
 
+    def check_foreign(self, shards: Sequence[ShardRecord]) -> None:
+        """All shards that point to one tar that is not ours."""
+        schema, where = self._release.schema, self._release.where_tar(shards[0])
+        for sample in read_foreign(self._release, shards):
+            stem = f"{where}: {uid_name(sample.uid)}"
+            site, label = schema.sites[sample.site], schema.label.classes[sample.label]
+            self._check_row(sample.uid, _Study("", site, sample.shard.split, label), stem)
+            self._check_inputs(sample.shard, sample.uid, sample.members, stem)
+
     def _check_sample(self, shard: ShardRecord, index: ShardIndex, i: int, file: BinaryIO, where: str) -> None:
         uid = int(index.uids[i])
         stem = f"{where}: {uid_name(uid)}"
         self._check_meta(shard, uid, _read(f"{stem}.{META}", index.meta(i), file), f"{stem}.{META}")
+        members = {spec.name: (index.member(i, spec.name), extension(spec)) for spec in self._release.schema.modalities}
+        found = {name: _read(f"{stem}.{suffix}", member, file) for name, (member, suffix) in members.items() if member is not None}
+        self._check_inputs(shard, uid, found, stem)
+        self.num_members += 1
+
+    def _check_inputs(self, shard: ShardRecord, uid: int, members: Mapping[str, bytes], stem: str) -> None:
+        """Decodes a sample and counts it. members: modality -> its bytes."""
         inputs = {}
         for spec in self._release.schema.modalities:
-            if (member := index.member(i, spec.name)) is None:
+            if (data := members.get(spec.name)) is None:
                 continue
             place = f"{stem}.{extension(spec)}"
-            data = _read(place, member, file)
             try:
                 inputs[spec.name] = decode_member(data, spec)
             except UndecodableError as error:
                 raise broken(place, f"the {spec.kind} of schema.json", str(error)) from error
-            if isinstance(spec, ImageSpec):
+            if isinstance(spec, ImageSpec | VolumeSpec):
                 self._check_owner(place, data, uid)
+            if isinstance(spec, VolumeSpec):
+                self._check_volume(decode_member(data, spec))
         if shard.split == "train":
             self._stats.add(inputs)
         self._uids[shard.split].append(uid)
         self._counts.update((self._studies[uid].site, shard.split, name) for name in ("studies", *inputs))
-        self.num_members += 1 + len(inputs)
+        self.num_members += len(inputs)
 
     def _check_meta(self, shard: ShardRecord, uid: int, data: bytes, where: str) -> None:
         schema = self._release.schema
@@ -186,16 +224,31 @@ class _Contents:
             raise broken(where, "the json of a sample", str(error)) from error
         if meta.uid != uid or meta.site not in schema.sites or meta.label not in schema.label.classes:
             raise broken(where, "its uid, and a site and label of schema.json", "others")
-        if uid not in self._studies:
+        self._check_row(uid, _Study(meta.subject, meta.site, shard.split, meta.label), where)
+
+    def _check_row(self, uid: int, study: _Study, where: str) -> None:
+        """Against its row in subjects.parquet; a subject that nothing beside it names is not compared."""
+        row = self._studies.get(uid)
+        if row is None:
             raise broken(where, "a row in subjects.parquet", "none")
-        if self._studies[uid] != _Study(meta.subject, meta.site, shard.split, meta.label):
-            raise broken(where, f"the subject, site, label and split {shard.split} of its row in subjects.parquet", "others")
+        if row != (study if study.subject else replace(study, subject=row.subject)):
+            raise broken(where, f"the subject, site, label and split {study.split} of its row in subjects.parquet", "others")
 
     def _check_owner(self, where: str, data: bytes, uid: int) -> None:
         first = self._images.setdefault(hashlib.sha256(data).digest()[:16], uid)
         if self._studies[first].subject != self._studies[uid].subject:
             found = f"the image of study {uid_name(first)} (split {self._studies[first].split})"
             raise leak(where, "an image that belongs to one subject", found)
+
+    def _check_volume(self, pointer: VolumePointer) -> None:
+        # Several studies of a subject may share one.
+        if pointer.digest not in self._volumes:
+            self._volumes[pointer.digest] = check_volume(self._release.store, pointer)
+
+    @property
+    def volume_bytes(self) -> int:
+        """Of all volumes that were checked, as they are stored."""
+        return sum(self._volumes.values())
 
     def check_totals(self) -> None:
         """What all shards together must add up to."""

@@ -29,8 +29,8 @@ from draf_dist.evaluation.bench_scores import (
     pool,
     replicate,
 )
-from draf_dist.evaluation.executor import Done, Executor, Failed
 from draf_dist.evaluation.statistics import Floats, Resamples, Rows
+from draf_dist.executor import Done, Executor, Failed
 from draf_dist.schema.modality import ImageSpec
 from draf_dist.sources.card import AnyCard, load_card
 from draf_dist.storage import Store, open_store

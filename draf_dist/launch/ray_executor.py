@@ -1,4 +1,4 @@
-"""Tasks that fan out over a Ray cluster: the same as evaluation/executor.py, with workers on all nodes."""
+"""Tasks that fan out over a Ray cluster: the same as executor.py, with workers on all nodes."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from ray import ObjectRef
 from ray.exceptions import RayError
 
 from draf_dist.errors import DrafError
-from draf_dist.evaluation.executor import GRACE_S, TRIES, Failed, Outcome, ResultT, TaskT, attempt, unless_interrupted
+from draf_dist.executor import GRACE_S, TRIES, Failed, Outcome, ResultT, TaskT, attempt, unless_interrupted
 from draf_dist.launch.profile import RayProfile
 from draf_dist.launch.ray_cluster import check_reach, ray_cluster
 

@@ -8,7 +8,7 @@ from draf_dist.models.absent import clear_absent, mask_absent
 from draf_dist.models.encoders import EncoderChoice
 from draf_dist.models.mc import check_sampling, has_dropout
 from draf_dist.schema.batch import Batch, ModalityInput, SeriesInput
-from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, SeriesSpec
+from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, SeriesSpec, VolumeSpec
 
 # Rows times passes per forward of the encoders on a CPU, where no gradient is wanted.
 _ROWS_AT_ONCE = 256
@@ -73,6 +73,8 @@ def _probe(spec: ModalitySpec, device: torch.device) -> ModalityInput:
     """Two rows of a modality that differ along every axis; what they hold does not matter."""
     if isinstance(spec, ImageSpec):
         return _ramp((2, spec.channels, spec.height, spec.width), device)
+    if isinstance(spec, VolumeSpec):
+        return _ramp((2, spec.channels, *spec.delivered), device)
     steps = spec.num_steps if isinstance(spec, SeriesSpec) else 1
     values = _ramp((2, steps, len(spec.variables)), device)
     return SeriesInput(values, torch.ones_like(values, dtype=torch.bool), torch.full((2,), steps, device=device))

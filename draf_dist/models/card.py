@@ -38,4 +38,7 @@ model relied on, not what caused the outcome. Probabilities need temperature sca
 def _size(spec: ModalitySpec) -> str:
     if spec.kind == "image":
         return f"{spec.channels} x {spec.height} x {spec.width}"
+    if spec.kind == "volume":
+        sides, spacing = (" x ".join(f"{value:g}" for value in values) for values in (spec.delivered, spec.spacing_mm))
+        return f"{spec.channels} x {sides} of {spacing} mm"
     return f"{len(spec.variables)} variables" + (f", {spec.num_steps} steps of {spec.step_h:g} h" if spec.kind == "series" else "")

@@ -12,7 +12,7 @@ from draf_dist.config.spec import canonical_json
 from draf_dist.errors import SpecError, explain, together
 from draf_dist.models.encoders import EncoderConfig
 from draf_dist.models.exchange import check_digest, digest, fill, require_files, unreadable, weights_of
-from draf_dist.schema.modality import ImageSpec, ModalitySpec, Record, SeriesSpec
+from draf_dist.schema.modality import ImageSpec, ModalitySpec, Record, SeriesSpec, VolumeSpec
 from draf_dist.schema.release import ReleaseStats
 
 ENCODER_WEIGHTS, ENCODER_DESCRIPTION, ENCODER_STATS, ENCODER_CARD = "encoder.safetensors", "encoder.json", "stats.json", "README.md"
@@ -132,6 +132,9 @@ def _reading(spec: ModalitySpec) -> dict[str, str]:
     """What an encoder of this modality takes for granted: not its name, nor which values were held plausible."""
     if isinstance(spec, ImageSpec):
         return {"size": f"{spec.channels} x {spec.height} x {spec.width}"}
+    if isinstance(spec, VolumeSpec):
+        sides, spacing = (" x ".join(f"{value:g}" for value in values) for values in (spec.delivered, spec.spacing_mm))
+        return {"size": f"{spec.channels} x {sides}", "spacing": f"{spacing} mm"}
     variables = ", ".join(f"{one.name} [{one.unit}{', binary' if one.type == 'binary' else ''}]" for one in spec.variables)
     grid = {"steps": f"{spec.num_steps} of {spec.step_h:g} h"} if isinstance(spec, SeriesSpec) else {}
     return {"variables": variables, **grid}

@@ -40,6 +40,7 @@ ModalityInput = Tensor | SeriesInput
 class Batch:
     """B studies; see DESIGN for the fields. Images are (B, C, H, W): uint8 from the loader, f32 once normalised.
 
+    Volumes are (B, C, D, H, W): int16 or float16 from the loader, f32 once normalised.
     present, corrupted: bool (B, M). severity, quality: f32 (B, M) in [0, 1]; quality_known: bool (B, M). site, uid, epoch: int64
     (B,); uid is -1 and weight 0 for padding rows. weight: f32 (B,). modalities names the axis M.
     """

@@ -14,6 +14,11 @@ def study_uid(key: bytes, *, site: str, subject: str, anchor: str) -> int:
     return int.from_bytes(_keyed(key, "study", site, subject, anchor)[:8], "big") >> 1
 
 
+def sample_uid(key: bytes, *, source: str, sample: str) -> int:
+    """The uid of a sample that has a name of its own within its source, as in a foreign tar; otherwise as `study_uid`."""
+    return int.from_bytes(_keyed(key, "sample", source, sample)[:8], "big") >> 1
+
+
 def uid_name(uid: int) -> str:
     """The uid as the stem of member names: 16 hex digits."""
     return f"{uid:016x}"

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Record(BaseModel):
@@ -35,6 +35,56 @@ class ImageSpec(Record):
     width: int = Field(ge=8)
 
 
+Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Side = Annotated[int, Field(ge=1, le=4096)]
+Sides = tuple[Side, Side, Side]
+
+
+class VolumeSpec(Record):
+    """A 3-D image as it is stored: (C, D, H, W), whose index grows towards the patient's head (D), front (H) and right (W).
+
+    spacing_mm, shape, patch, chunk: in the order (D, H, W). shape: of every stored volume; None: each has its own, at least as
+    large as the patch. patch: what the loader delivers; None: the whole volume. chunk: of the stored array, what is read at once.
+    unit: HU, or empty where the numbers have none. fill: the value of what lies outside the scan.
+    """
+
+    kind: Literal["volume"] = "volume"
+    name: str
+    channels: int = Field(1, ge=1, le=64)
+    spacing_mm: tuple[Millimetres, Millimetres, Millimetres]
+    shape: Sides | None = None
+    patch: Sides | None = None
+    dtype: Literal["int16", "float16"] = "int16"
+    unit: Literal["HU", ""] = ""
+    clip: tuple[float, float] | None = None
+    fill: int = Field(0, ge=-2048, le=2048)
+    chunk: Sides
+
+    @model_validator(mode="after")
+    def _can_be_delivered(self) -> "VolumeSpec":
+        if problem := volume_problem(self.shape, self.patch, self.clip):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def delivered(self) -> Sides:
+        """(D, H, W) of what the loader delivers."""
+        sides = self.shape if self.patch is None else self.patch
+        assert sides is not None  # the validator refuses a spec with neither
+        return sides
+
+
+def volume_problem(shape: Sides | None, patch: Sides | None, clip: tuple[float, float] | None) -> str | None:
+    """Why volumes can't be stored and delivered so; None where they can."""
+    if shape is None and patch is None:
+        return "volumes of any shape can only be delivered in patches: give `patch`, or `shape`"
+    if shape is not None and patch is not None and any(p > s for p, s in zip(patch, shape, strict=True)):
+        return f"patch {list(patch)} is larger than shape {list(shape)}"
+    if clip is not None and not clip[0] < clip[1]:
+        return f"clip {list(clip)} is empty"
+    return None
+
+
 class SeriesSpec(Record):
     """Timed values on a regular grid of T steps that ends at the anchor: (T, F), NaN on disk where not observed."""
 
@@ -53,7 +103,7 @@ class TableSpec(Record):
     variables: tuple[VariableSpec, ...]
 
 
-ModalitySpec = Annotated[ImageSpec | SeriesSpec | TableSpec, Field(discriminator="kind")]
+ModalitySpec = Annotated[ImageSpec | VolumeSpec | SeriesSpec | TableSpec, Field(discriminator="kind")]
 
 
 class LabelSpec(Record):

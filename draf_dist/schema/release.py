@@ -22,13 +22,25 @@ class Receipt(Record):
 
 
 class ShardRecord(Record):
-    """One tar and its index, both stored under their sha256."""
+    """One tar and its index, both stored under their sha256.
+
+    url: where a tar lies that is not the release's own (`draf prepare --from-webdataset`): a path, absolute or from the folder of
+    the data set, or s3://bucket/key. Such a tar is only pointed to, may hold samples of other splits too, and has another index for
+    each; num_samples is what the index lists.
+    """
 
     split: Split
     sha256: str
     size_bytes: int
     index_sha256: str
     num_samples: int
+    url: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_url_of_own_shards(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Or every release without foreign tars had another version than before there were any.
+        plain: dict[str, Any] = handler(self)
+        return {name: value for name, value in plain.items() if value is not None or name != "url"}
 
 
 class VariableStats(Record):
@@ -40,7 +52,7 @@ class VariableStats(Record):
 
 
 class ImageStats(Record):
-    """Mean and standard deviation of the pixels (0..255) of the training split."""
+    """Mean and standard deviation of the pixels (0..255), or of the voxels of a volume, of the training split."""
 
     mean: float
     std: float
@@ -55,11 +67,14 @@ class ReleaseStats(Record):
 
 
 class ImageSums(Record):
-    """Pixel sums of the training split, whole numbers: what ImageStats follow from."""
+    """Sums over pixels or voxels of the training split, whole numbers: what ImageStats follow from.
+
+    Those of float16 volumes count in steps of 2**-24, of which every float16 is a multiple.
+    """
 
     num_images: int = Field(ge=0)
     num_pixels: int = Field(ge=0)
-    total: int = Field(ge=0)
+    total: int
     total_squares: int = Field(ge=0)
 
 

@@ -7,13 +7,26 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
+class RawVolume:
+    """A 3-D image as a source decoded it, already turned to the patient's axes.
+
+    voxels: int16 or float32 (C, D, H, W) in the unit of the schema, any D, H, W; D grows towards the head, H towards the front, W
+    towards the patient's right; NaN where the scanner saw nothing. spacing_mm: of voxel centres along (D, H, W).
+    """
+
+    voxels: NDArray[np.int16] | NDArray[np.float32]
+    spacing_mm: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
 class Study:
     """One subject at one time anchor (event + offset) at one site.
 
     subject and anchor are as the hospital wrote them: they are hashed before anything is stored and never printed.
     inputs maps modality -> uint8 (C, H, W) for an image as the source decoded it (any H, W), float32 (T, F) for a series and
     (1, F) for a table, already in canonical units with NaN where not observed. An absent modality has no entry.
-    image_digests maps modality -> sha256 hex of the raw image file: one file claimed by two subjects is a leak.
+    volumes maps modality -> 3-D image. image_digests maps modality -> sha256 hex of the raw image or volume: one that two subjects
+    claim is a leak.
     label is the class index. quality maps modality -> [0, 1] where the source knows it. where is the place in the export,
     a file and a row, for messages: never a subject.
     """
@@ -26,6 +39,7 @@ class Study:
     image_digests: dict[str, str] = field(default_factory=dict)
     quality: dict[str, float] = field(default_factory=dict)
     where: str = ""
+    volumes: dict[str, RawVolume] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

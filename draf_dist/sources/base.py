@@ -47,11 +47,10 @@ class SourceCounts:
     tables: dict[str, TableCounts] = field(default_factory=dict)
 
 
-class Source(Protocol):
-    """A raw export that can be read as studies.
+class Described(Protocol):
+    """What the card says of a data set as a whole.
 
     held_out_sites: their subjects go to the split `ood`. public_subject_key: true only for data without real people.
-    counts: of the latest pass over studies().
     """
 
     name: str
@@ -59,6 +58,11 @@ class Source(Protocol):
     held_out_sites: frozenset[str]
     public_subject_key: bool
     card_sha256: str
+
+
+class Source(Described, Protocol):
+    """A raw export that can be read as studies. counts: of the latest pass over studies()."""
+
     counts: SourceCounts
 
     def studies(self) -> Iterator[Study | Rejection]:

@@ -11,9 +11,10 @@ from draf_dist.sources.card_checks import check_card
 from draf_dist.sources.card_model import Card as Card
 from draf_dist.sources.eicu.source import EicuCard
 from draf_dist.sources.hospital_export import HospitalExportCard
+from draf_dist.sources.webdataset_card import WebDatasetCard
 
 # Every kind of source: a new one is a file of its own and a name here.
-AnyCard = HospitalExportCard | EicuCard
+AnyCard = HospitalExportCard | EicuCard | WebDatasetCard
 SourceCard = Annotated[AnyCard, Field(discriminator="kind")]
 CARDS: dict[str, type[AnyCard]] = {card.model_fields["kind"].default: card for card in get_args(AnyCard)}
 
@@ -21,7 +22,8 @@ CARDS: dict[str, type[AnyCard]] = {card.model_fields["kind"].default: card for c
 def load_card(path: Path | str, overrides: Sequence[str] = ()) -> AnyCard:
     """The card in a YAML file, checked as a whole, with `dotted.key=value` overrides applied first.
 
-    A card without `kind` is one of a `hospital_export`. Its build(raw) gives the source.
+    A card without `kind` is one of a `hospital_export`. Its build(raw) gives the source; a card of
+    kind `webdataset` has none, for its tars are no raw export (see data/foreign.py).
 
     Raises:
         SpecError: all problems of the file together, one a line.

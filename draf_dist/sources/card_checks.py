@@ -11,6 +11,7 @@ from draf_dist.errors import SpecError, explain, together
 from draf_dist.sources import units
 from draf_dist.sources.card_model import (
     Card,
+    FileCard,
     ImageCard,
     LocalCode,
     ModalityCard,
@@ -19,6 +20,7 @@ from draf_dist.sources.card_model import (
     TableCard,
     TableModalityCard,
     VariableCard,
+    VolumeCard,
 )
 
 
@@ -127,8 +129,8 @@ def _modality_problems(card: Card, modality: ModalityCard) -> Iterator[str]:
         return
     yield from _join_problems(card, modality, table)
     yield from _time_problems(card, modality, table)
-    if isinstance(modality, ImageCard):
-        yield from _image_problems(card, modality, table)
+    if isinstance(modality, ImageCard | VolumeCard):
+        yield from _file_problems(card, modality, table)
     else:
         yield from _variables_problems(card, modality, table)
 
@@ -172,7 +174,7 @@ def _time_problems(card: Card, modality: ModalityCard, table: TableCard) -> Iter
         yield explain(place, expected="a window of whole steps", found=found, remedy="Change step_h or the start of the window.")
 
 
-def _image_problems(card: Card, image: ImageCard, table: TableCard) -> Iterator[str]:
+def _file_problems(card: Card, image: FileCard, table: TableCard) -> Iterator[str]:
     place = f"modality {image.name}"
     fields = ("site", "file") if isinstance(card.sites, SiteFolders) else ("file",)
     yield from _path_problems(place, image.path, fields=fields)
@@ -180,7 +182,7 @@ def _image_problems(card: Card, image: ImageCard, table: TableCard) -> Iterator[
         yield explain(place, expected="a path with {file}", found=repr(image.path), remedy="For example '{site}/images/{file}'.")
     if table.code is not None:
         yield explain(place, expected="one row per image", found="a long table", remedy="Take `code` out of the table.")
-    if image.levels is not None and image.levels[0] >= image.levels[1]:
+    if isinstance(image, ImageCard) and image.levels is not None and image.levels[0] >= image.levels[1]:
         yield explain(place, expected="levels [black, white]", found=str(list(image.levels)), remedy="Black is the lower one.")
 
 

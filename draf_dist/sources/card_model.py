@@ -2,31 +2,22 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from draf_dist.config.spec import Spec, fingerprint
+from draf_dist.config.spec import fingerprint
 from draf_dist.schema.modality import DataSchema, ImageSpec, LabelSpec, ModalitySpec, SeriesSpec, TableSpec, VariableSpec
-
-# Names become parts of file names in a release (`<uid>.<modality>.png`), so they are plain.
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
-SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+from draf_dist.sources.card_parts import CardPart as CardPart
+from draf_dist.sources.card_parts import Name as Name
+from draf_dist.sources.card_parts import SiteName as SiteName
+from draf_dist.sources.card_parts import WindowHours as WindowHours
+from draf_dist.sources.card_volume import VolumeCard as VolumeCard
 
 # One local code, several that mean the same, or one entry per site (null: this site does not record it).
 Code = str | tuple[str, ...]
 LocalCode = Code | dict[SiteName, Code | None]
 LocalUnit = str | dict[SiteName, str]
 
-# Hours relative to the anchor, both ends included. Nothing after the anchor may ever enter, so the end is at most 0.
-NotAfterAnchor = Annotated[float, Field(le=0, allow_inf_nan=False)]
-WindowHours = tuple[NotAfterAnchor, NotAfterAnchor]
-
 DEFAULT_MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", "?")
-
-
-class CardPart(Spec):
-    """Base: codes such as 220045 may be written without quotes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
 class Licence(CardPart):
@@ -312,7 +303,9 @@ class TableModalityCard(CardPart):
         return TableSpec(name=self.name, variables=plain + tuple(spec for hot in self.multi_hot for spec in hot.specs()))
 
 
-ModalityCard = Annotated[ImageCard | SeriesCard | TableModalityCard, Field(discriminator="kind")]
+# Modalities that are a file a study, named by a row of a table.
+FileCard = ImageCard | VolumeCard
+ModalityCard = Annotated[ImageCard | VolumeCard | SeriesCard | TableModalityCard, Field(discriminator="kind")]
 
 
 class Card(CardPart):

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from draf_dist.config.spec import fingerprint
 from draf_dist.errors import DataError, SpecError, explain, together
 from draf_dist.schema.delivery import DELIVERY_FILE, DeliveredFile, Delivery
-from draf_dist.sources.card_model import Card, ImageCard, ModalityCard, MultiHot, SiteFolders, TableModalityCard, VariableCard
+from draf_dist.sources.card_model import Card, ModalityCard, MultiHot, SeriesCard, SiteFolders, TableModalityCard, VariableCard
 from draf_dist.storage import LocalStore, room_on
 from draf_dist.storage.local import UNFINISHED
 
@@ -135,7 +135,7 @@ def card_of_sites(card: CardT, sites: Sequence[str]) -> CardT:
 
 def _modality_at(sites: Sequence[str], modality: ModalityCard) -> ModalityCard:
     changes: dict[str, Any] = {"absent_at": _at(sites, modality.absent_at)}
-    if not isinstance(modality, ImageCard):
+    if isinstance(modality, SeriesCard | TableModalityCard):
         changes["variables"] = tuple(_variable_at(sites, variable) for variable in modality.variables)
     if isinstance(modality, TableModalityCard):
         changes["multi_hot"] = tuple(_multi_hot_at(sites, hot) for hot in modality.multi_hot)

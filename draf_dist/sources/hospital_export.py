@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from draf_dist.errors import DataError, SpecError, explain, together
-from draf_dist.schema.study import Rejection, Study
+from draf_dist.schema.study import RawVolume, Rejection, Study
 from draf_dist.sources import records, site_column
 from draf_dist.sources.base import SourceCounts, TableCounts
 from draf_dist.sources.card_checks import check_card
-from draf_dist.sources.card_model import Card, ImageCard, ModalityCard, SiteColumn
+from draf_dist.sources.card_model import Card, FileCard, ImageCard, ModalityCard, SiteColumn, VolumeCard
 from draf_dist.sources.images import Claims, ImageChoice, ImageError, choose_images, image_columns, load_image
 from draf_dist.sources.study_rows import StudyRows, count_rows, in_window, join_rows, read_studies, study_columns
 from draf_dist.sources.tables import NO_TIME, Table, TableFile, find_table, read_table
@@ -80,7 +80,7 @@ class HospitalExport:
         tally = self.counts.tables.setdefault(f"{modality.name}.{modality.table}", TableCounts())
         count_rows(rows, table, tally, shared=reader.is_shared(modality.table))
         inside = in_window(rows, modality.window_h, tally)
-        if not isinstance(modality, ImageCard):
+        if not isinstance(modality, ImageCard | VolumeCard):
             parts = records.Extract(self.card, studies.site, modality, table, inside, len(studies))
             content.values[modality.name] = records.extract(parts, self.counts.variables)
             return
@@ -95,23 +95,36 @@ class HospitalExport:
         if i in content.undated:
             return Rejection(studies.site, content.undated[i], "bad time", "the time of an image is missing or unreadable")
         inputs: dict[str, NDArray[np.uint8] | NDArray[np.float32]] = {}
+        volumes: dict[str, RawVolume] = {}
         digests: dict[str, str] = {}
         for modality in self.card.modalities:
             values = content.values.get(modality.name)
             if values is not None and not np.isnan(values[i]).all():
                 inputs[modality.name] = values[i]
-            if isinstance(modality, ImageCard) and modality.name in content.images:
+            if isinstance(modality, ImageCard | VolumeCard) and modality.name in content.images:
                 _, table, chosen = content.images[modality.name]
                 if i not in chosen:
                     continue
                 try:
-                    inputs[modality.name], digests[modality.name] = load_image(self.raw, chosen[i], modality)
+                    if isinstance(modality, VolumeCard):
+                        volumes[modality.name], digests[modality.name] = _load_volume(self.raw, chosen[i], modality)
+                    else:
+                        inputs[modality.name], digests[modality.name] = load_image(self.raw, chosen[i], modality)
                 except ImageError as error:
                     return Rejection(studies.site, table.where(chosen[i].row), error.reason, error.detail)
-        if not inputs:
+        if not inputs and not volumes:
             return Rejection(studies.site, studies.where(i), "no input", "no modality has anything in its window")
         anchor = studies.anchor_text[i]
-        return Study(subject, studies.site, anchor, inputs, int(studies.label[i]), image_digests=digests, where=studies.where(i))
+        return Study(
+            subject,
+            studies.site,
+            anchor,
+            inputs,
+            int(studies.label[i]),
+            image_digests=digests,
+            where=studies.where(i),
+            volumes=volumes,
+        )
 
 
 class HospitalExportCard(Card):
@@ -128,13 +141,14 @@ class HospitalExportCard(Card):
 
 @dataclass
 class _SiteContent:
-    """What one site holds. values: modality -> (n, T, F). images: modality -> its card, table, choice by study.
+    """What one site holds. values: modality -> (n, T, F).
 
+    images: modality of images or volumes -> its card, table, choice by study.
     undated: study -> the place of an image whose time is not known.
     """
 
     values: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    images: dict[str, tuple[ImageCard, Table, dict[int, ImageChoice]]] = field(default_factory=dict)
+    images: dict[str, tuple[FileCard, Table, dict[int, ImageChoice]]] = field(default_factory=dict)
     undated: dict[int, str] = field(default_factory=dict)
 
 
@@ -191,7 +205,7 @@ class _Reader:
         for modality in card.modalities:
             if not _is_recorded(modality, site):
                 continue
-            if isinstance(modality, ImageCard):
+            if isinstance(modality, ImageCard | VolumeCard):
                 columns = image_columns(card, modality)
             else:
                 columns = records.record_columns(card, modality, site)
@@ -225,8 +239,15 @@ class _StudyKeys:
         self._seen |= new
 
 
+def _load_volume(raw: Path, choice: ImageChoice, card: VolumeCard) -> tuple[RawVolume, str]:
+    # pydicom and nibabel take seconds to import, and most exports have no volumes.
+    from draf_dist.sources.volume_files import load_volume
+
+    return load_volume(raw, choice.file, card)
+
+
 def _is_recorded(modality: ModalityCard, site: str) -> bool:
-    return site not in modality.absent_at if isinstance(modality, ImageCard) else records.is_recorded(modality, site)
+    return site not in modality.absent_at if isinstance(modality, ImageCard | VolumeCard) else records.is_recorded(modality, site)
 
 
 def _studies_of_site(card: Card, reader: _Reader, site: str) -> tuple[StudyRows, list[Rejection]]:

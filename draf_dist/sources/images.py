@@ -14,7 +14,7 @@ from PIL import Image
 
 from draf_dist.errors import DataError, explain, together
 from draf_dist.sources import tables
-from draf_dist.sources.card_model import Card, ImageCard
+from draf_dist.sources.card_model import Card, FileCard, ImageCard
 from draf_dist.sources.study_rows import MatchedRows, StudyRows
 from draf_dist.sources.tables import Table
 
@@ -41,13 +41,13 @@ class ImageChoice:
     row: int
 
 
-def image_columns(card: Card, image: ImageCard) -> set[str]:
-    """Columns that an image modality needs."""
+def image_columns(card: Card, image: FileCard) -> set[str]:
+    """Columns that a modality of images or volumes needs."""
     table = card.tables[image.table]
     return {name for name in (table.study or table.subject, table.time, image.file) if name is not None}
 
 
-def choose_images(image: ImageCard, table: Table, rows: MatchedRows, *, folder: str) -> dict[int, ImageChoice]:
+def choose_images(image: FileCard, table: Table, rows: MatchedRows, *, folder: str) -> dict[int, ImageChoice]:
     """By study, the latest image in its window; of equal times the one further down the file."""
     names = table.text(image.file).to_pylist()
     order = np.lexsort((rows.position, rows.age_us))
@@ -61,7 +61,7 @@ class Claims:
 
     owner: dict[str, tuple[str, str]]
 
-    def check(self, image: ImageCard, table: Table, studies: StudyRows, rows: MatchedRows, *, folder: str) -> None:
+    def check(self, image: FileCard, table: Table, studies: StudyRows, rows: MatchedRows, *, folder: str) -> None:
         """Notes the files of all rows that belong to a study, inside the window or not.
 
         Raises:
@@ -157,5 +157,5 @@ def _levelled(pixels: NDArray[np.float64], low: float, high: float) -> NDArray[n
     return np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
 
 
-def _path(image: ImageCard, name: str, folder: str) -> str:
+def _path(image: FileCard, name: str, folder: str) -> str:
     return image.path.replace("{site}", folder).replace("{file}", name)

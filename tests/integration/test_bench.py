@@ -19,7 +19,7 @@ from draf_dist.evaluation import bench_folds
 from draf_dist.evaluation.bench import Prepared, prepare_bench, run_bench
 from draf_dist.evaluation.bench_job import load_bench_job
 from draf_dist.evaluation.bench_results import Bench
-from draf_dist.evaluation.executor import GRACE_S, Executor, Processes, Serial
+from draf_dist.executor import GRACE_S, Executor, Processes, Serial
 from draf_dist.sources.synth import synthesise
 
 KEY = b"sixteen or more bytes of key"

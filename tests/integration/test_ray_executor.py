@@ -8,7 +8,7 @@ from pathlib import Path
 from ray import cloudpickle
 
 from draf_dist.errors import DataError
-from draf_dist.evaluation.executor import Done, Failed
+from draf_dist.executor import Done, Failed
 from draf_dist.launch.profile import RayProfile
 from draf_dist.launch.ray_executor import RayExecutor
 from draf_dist.training.interrupt import Interrupt

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from draf_dist.cli.app import app
 from draf_dist.cli.bench import choose_executor
 from draf_dist.errors import SpecError
-from draf_dist.evaluation.executor import Processes, Serial
+from draf_dist.executor import Processes, Serial
 from draf_dist.launch.ray_executor import RayExecutor
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from draf_dist.errors import DataError, InterruptedRunError
-from draf_dist.evaluation.executor import GRACE_S, Done, Executor, Failed, Processes, Serial
+from draf_dist.executor import GRACE_S, Done, Executor, Failed, Processes, Serial
 
 EXECUTORS = [Serial(), Processes(2)]
 

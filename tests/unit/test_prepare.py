@@ -14,14 +14,14 @@ from PIL import Image
 from draf_dist.data.encode import UnfitError, encode_study, in_range, resized
 from draf_dist.data.prepare import inspect_source, prepare
 from draf_dist.data.receipts import receipt
-from draf_dist.data.release import open_release, release_log
+from draf_dist.data.release import open_release, release_log, version_of
 from draf_dist.data.shards import decode_meta
 from draf_dist.data.stats import decode_member
 from draf_dist.data.verify import verify
 from draf_dist.errors import DataError, GateError, SpecError
 from draf_dist.schema.identity import study_uid, subject_pseudonym
 from draf_dist.schema.modality import ImageSpec, TableSpec, VariableSpec
-from draf_dist.schema.release import SPLITS
+from draf_dist.schema.release import SPLITS, ReleaseManifest, ShardRecord
 from draf_dist.schema.study import Rejection, Study
 from draf_dist.storage import LocalStore
 
@@ -66,6 +66,31 @@ def test_the_same_input_gives_the_same_version_and_bytes(tmp_path: Path) -> None
     again = prepare(MemorySource(), str(tmp_path / "a"), subject_key=KEY)
     assert again.version == first.version
     assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_any_number_of_jobs_gives_the_same_version_bytes_and_quarantine(tmp_path: Path) -> None:
+    def spoil(i: int, study: Study) -> Study | Rejection:
+        if i == 7:
+            return replace(study, label=9)
+        return Rejection("north", f"row {i}", "bad time", "") if i == 20 else MemorySource()._study(4) if i == 5 else study
+
+    source = MemorySource(change=spoil)
+    one = prepare(source, str(tmp_path / "1"), subject_key=KEY, limit=0.1, shard_size_bytes=20_000)
+    four = prepare(source, str(tmp_path / "4"), subject_key=KEY, limit=0.1, shard_size_bytes=20_000, jobs=4)
+    assert one.version == four.version
+    assert content(tmp_path / "1") == content(tmp_path / "4")
+    assert [study.reason for study in four.quarantine().studies] == ["duplicate study", "unknown label", "bad time"]
+
+
+def test_the_version_of_a_manifest_of_before_foreign_tars_stays() -> None:
+    digest = "0123456789abcdef" * 4
+    digests = {f"{part}_sha256": digest for part in ("schema", "stats", "subjects", "quarantine", "card")}
+    shard = ShardRecord(split="train", sha256=digest, size_bytes=10240, index_sha256=digest, num_samples=2)
+    empty = {"counts": {}, "quarantined": {}, "receipts": {}}
+    manifest = ReleaseManifest(version="", name="small", **digests, subject_key_check=digest[:16], **empty, shards=(shard,))
+    assert version_of(manifest) == "8390ec3ce19a0144"
+    foreign = shard.model_copy(update={"url": "../tars/a.tar"})
+    assert version_of(manifest.model_copy(update={"shards": (foreign,)})) != "8390ec3ce19a0144"
 
 
 @pytest.mark.parametrize(

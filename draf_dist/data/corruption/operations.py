@@ -19,7 +19,7 @@ from draf_dist import noise
 from draf_dist.config.spec import Spec
 from draf_dist.errors import SpecError, explain
 from draf_dist.schema.batch import ModalityInput, SeriesInput
-from draf_dist.schema.modality import ImageSpec, ModalitySpec
+from draf_dist.schema.modality import ImageSpec, ModalitySpec, SeriesSpec, TableSpec
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class EhrMask(Spec):
 
     def fits(self, spec: ModalitySpec) -> bool:
         """Series and tables."""
-        return not isinstance(spec, ImageSpec)
+        return isinstance(spec, SeriesSpec | TableSpec)
 
     def apply(self, value: ModalityInput, index: Tensor, keys: Tensor, scale: Scale) -> ModalityInput:
         """Rows of one modality with fewer observations."""
@@ -153,12 +153,12 @@ class EhrNoise(Spec):
 
     def fits(self, spec: ModalitySpec) -> bool:
         """Series and tables with at least one numeric variable."""
-        return not isinstance(spec, ImageSpec) and any(variable.type == "numeric" for variable in spec.variables)
+        return isinstance(spec, SeriesSpec | TableSpec) and any(variable.type == "numeric" for variable in spec.variables)
 
     def apply(self, value: ModalityInput, index: Tensor, keys: Tensor, scale: Scale) -> ModalityInput:
         """Rows of one modality with the noise of their keys."""
         series = _series(value)
-        assert not isinstance(scale.spec, ImageSpec)
+        assert isinstance(scale.spec, SeriesSpec | TableSpec)
         numeric = torch.tensor([variable.type == "numeric" for variable in scale.spec.variables], device=series.values.device)
         sigma = _levels(self.grid, index)[:, None, None]
         noisy = series.values + sigma * noise.normal(keys, tuple(series.values.shape[1:]))

@@ -8,9 +8,10 @@ from pydantic import Field
 from draf_dist.config.spec import Spec
 from draf_dist.errors import SpecError, explain
 from draf_dist.models.encoders.image2d import Image2dConfig
+from draf_dist.models.encoders.kinds import no_volume_encoder
 from draf_dist.models.encoders.series import SeriesTransformerConfig
 from draf_dist.models.encoders.tabular import TabularConfig
-from draf_dist.schema.modality import DataSchema, ModalitySpec
+from draf_dist.schema.modality import DataSchema, ModalitySpec, VolumeSpec
 
 EncoderConfig = Annotated[Image2dConfig | SeriesTransformerConfig | TabularConfig, Field(discriminator="kind")]
 
@@ -24,7 +25,13 @@ class EncoderChoice(Spec):
     by_name: dict[str, EncoderConfig] = {}
 
     def of(self, spec: ModalitySpec) -> EncoderConfig:
-        """The encoder of one modality."""
+        """The encoder of one modality.
+
+        Raises:
+            SpecError: there is none for modalities of its kind.
+        """
+        if isinstance(spec, VolumeSpec):
+            raise no_volume_encoder(spec)
         by_kind = {"image": self.image, "series": self.series, "table": self.table}
         return self.by_name.get(spec.name, by_kind[spec.kind])
 
