@@ -39,7 +39,8 @@ class Normaliser:
     def _image(self, name: str, pixels: Tensor, present: Tensor) -> Tensor:
         mean, std = self.constants(name, pixels)
         mask = present.reshape(-1, *(1 for _ in pixels.shape[1:]))
-        return torch.where(mask, (pixels.float() - mean) / std, 0.0)
+        # Images come channels last from the loader; models see them as they always did, so no result depends on it.
+        return torch.where(mask, (pixels.float() - mean) / std, 0.0).contiguous()
 
     def _series(self, name: str, series: SeriesInput, present: Tensor) -> SeriesInput:
         mean, std = self.constants(name, series.values)

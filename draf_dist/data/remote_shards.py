@@ -98,6 +98,9 @@ class RemoteShards:
             UnreachableError: the store does not answer.
         """
         first, last = offset // BLOCK_BYTES, (offset + size - 1) // BLOCK_BYTES
+        if any((shard, block) not in self._held for block in range(first, last + 1)):
+            # Its index could not be read when its step was announced, and now it could.
+            return self._read_store(shard, offset, size)
         try:
             parts = [self._read_block(shard, block, offset, offset + size) for block in range(first, last + 1)]
         except DataError:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from draf_dist.data.cache import SharedCache
 from draf_dist.data.decode import MAX_META_BYTES, max_member_bytes
-from draf_dist.data.release import Release
+from draf_dist.data.release import CHANGED, Release
 from draf_dist.data.shards import META, OFFSET, SIZE, ShardIndex, extension
 from draf_dist.errors import DataError, explain
 from draf_dist.schema.identity import uid_name
@@ -102,8 +102,7 @@ class ShardReader:
     def error(self, shard: int, row: int, column: int, *, expected: str, found: str) -> DataError:
         """The error for one member, by modality or, for the last column, the json; names release, shard and member."""
         name = f"{uid_name(int(self.index(shard).uids[row]))}.{self._suffixes[column]}"
-        where = f"{self.release.pinned_url}: shard {self.shards[shard].sha256}: {name}"
-        return DataError(explain(where, expected=expected, found=found, remedy=REMEDY))
+        return self._broken(self.shards[shard], expected, found, name)
 
     def broken(self, shard: int, *, expected: str, found: str) -> DataError:
         """The error for a whole shard."""
@@ -118,9 +117,11 @@ class ShardReader:
             raise self._broken(shard, "members no larger than the schema allows", f"one of {int(sizes.max())} bytes")
         return index
 
-    def _broken(self, shard: ShardRecord, expected: str, found: str) -> DataError:
-        where = f"{self.release.pinned_url}: shard {shard.sha256}"
-        return DataError(explain(where, expected=expected, found=found, remedy=REMEDY))
+    def _broken(self, shard: ShardRecord, expected: str, found: str, member: str = "") -> DataError:
+        # A foreign tar is known by its place, and nobody but its owner can restore it.
+        tar = f"shard {shard.sha256}" if shard.url is None else self.release.where_tar(shard)
+        where = f"{self.release.pinned_url}: {tar}" + (f": {member}" if member else "")
+        return DataError(explain(where, expected=expected, found=found, remedy=REMEDY if shard.url is None else CHANGED))
 
 
 def runs(blocks: Sequence[int], longest: int) -> list[range]:

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from draf_dist.data.decode import MAX_POINTER_BYTES, Bytes, UndecodableError
-from draf_dist.noise import chain
 from draf_dist.schema.modality import Sides, VolumeSpec
 from draf_dist.schema.volume import ABSENT_CHUNK, VolumePointer, shard_path
 from draf_dist.storage import MissingError, Store
@@ -117,6 +116,9 @@ def random_start(pointer: VolumePointer, spec: VolumeSpec, *, seed: int, epoch: 
 
     A pure function of (seed, epoch, uid) and the sizes, the same for all modalities of a study: volumes on one grid are cut alike.
     """
+    # Here, because it brings torch along: processes that only index or check volumes start in a quarter of the time without.
+    from draf_dist.noise import chain
+
     places = _places(pointer, spec)
     bits = (chain(seed, PATCH_STREAM, epoch, uid, axis) & _MASK64 for axis in range(3))
     d, h, w = ((bit * count) >> 64 for bit, count in zip(bits, places, strict=True))
