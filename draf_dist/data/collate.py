@@ -34,8 +34,7 @@ class Frame:
         self._tensors: dict[str, Tensor] = {}
         for spec in schema.modalities:
             if isinstance(spec, ImageSpec):
-                pixels, tensor = arena.take((num_rows, spec.height, spec.width, spec.channels), np.dtype(np.uint8))
-                self.images[spec.name], self._tensors[spec.name] = pixels.transpose(0, 3, 1, 2), tensor.permute(0, 3, 1, 2)
+                self.images[spec.name], self._tensors[spec.name] = _images(spec, num_rows, arena)
             elif isinstance(spec, VolumeSpec):
                 shape_of_row = delivered_shape(spec)
                 self.volumes[spec.name], self._tensors[spec.name] = arena.take((num_rows, *shape_of_row), np.dtype(spec.dtype))
@@ -116,3 +115,12 @@ class Frame:
         return SeriesInput(
             torch.from_numpy(self.values[spec.name]), torch.from_numpy(self.observed[spec.name]), torch.from_numpy(length)
         )
+
+
+def _images(spec: ImageSpec, num_rows: int, arena: Arena) -> tuple[NDArray[np.uint8], Tensor]:
+    """uint8 (B, C, H, W) that lies channels last."""
+    if spec.channels == 1:
+        # The same memory, in the strides that everybody expects: oneDNN has been seen to crash on others of a single channel.
+        return arena.take((num_rows, 1, spec.height, spec.width), np.dtype(np.uint8))
+    pixels, tensor = arena.take((num_rows, spec.height, spec.width, spec.channels), np.dtype(np.uint8))
+    return pixels.transpose(0, 3, 1, 2), tensor.permute(0, 3, 1, 2)

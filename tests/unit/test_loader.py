@@ -97,6 +97,17 @@ def test_the_last_batch_is_padded_as_the_design_says(release: Release) -> None:
     assert not any(tensor.any() for tensor in tensors(replace(padding, present=padding.corrupted, uid=padding.epoch)))
 
 
+def test_images_reach_a_model_in_plain_strides(release: Release) -> None:
+    """Whatever they lie like in the loader: on strides of its own oneDNN has ended the process in a backward pass."""
+    normaliser = Normaliser(release.schema, release.stats)
+    for _, batch in Loader(release, "train", order_of(release)).batches(0, 2):
+        pixels = batch.inputs["cxr"]
+        assert pixels.stride() == normaliser(batch).inputs["cxr"].stride() == torch.empty(pixels.shape).stride()
+    colour = torch.zeros(2, 5, 4, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    shown = normaliser._image("cxr", colour, torch.tensor([True, False]))
+    assert shown.stride() == torch.empty(shown.shape).stride()
+
+
 # What must not matter.
 
 
