@@ -151,7 +151,7 @@ class _Workers:
         for pool in pools:
             # All are told before any is waited for: a decoder may be waiting for a request that has not begun.
             pool.shutdown(wait=False, cancel_futures=True)
-        waiting = threading.Thread(target=lambda: [pool.shutdown(wait=True) for pool in pools], daemon=True)
+        waiting = threading.Thread(target=_wait_for, args=(pools,), daemon=True)
         waiting.start()
         waiting.join(LEAVING_S)
 
@@ -188,6 +188,11 @@ class _Workers:
         fetched: Patches = {} if patches is None else patches.result()
         if not self._stopped.is_set():
             self._workshop.filler.fill(frame, announced.rows, chunk, self._sources, fetched)
+
+
+def _wait_for(pools: Sequence[ThreadPoolExecutor]) -> None:
+    for pool in pools:
+        pool.shutdown(wait=True)
 
 
 @dataclass(frozen=True)
