@@ -8,7 +8,7 @@ DEMO_DIR ?= demo
 export OMP_NUM_THREADS ?= 1
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: install test demo demo-full lint bench study study-pretraining clean
+.PHONY: install test demo demo-full lint bench chaos leak study study-pretraining clean
 
 install: $(STAMP)
 
@@ -40,6 +40,12 @@ demo-full: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/noise.py
+
+chaos: $(STAMP)
+	$(BIN)/python benchmarks/chaos.py
+
+leak: $(STAMP)
+	$(BIN)/python benchmarks/leak.py
 
 # Regret against the planted truth: docs/results.md. About half an hour on two cores.
 study: $(STAMP)

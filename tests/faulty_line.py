@@ -102,7 +102,7 @@ def drawn_at(place: Place, step: int, modality: str) -> tuple[str, int, int, str
         member = index.member(int(row), modality)
         if member is not None and index.present[int(row)].sum() > 1:
             uid = int(index.uids[row])
-            return reader.shards[int(shard)].sha256, member.offset + member.size // 2, uid, f"{uid_name(uid)}.{modality}.png"
+            return reader.shards[int(shard)].sha256, member.offset + member.size - 2, uid, f"{uid_name(uid)}.{modality}."
     raise AssertionError("no such sample")
 
 
