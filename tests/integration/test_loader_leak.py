@@ -14,6 +14,8 @@ from draf_dist.data.release import Release
 
 EPOCHS = 50
 WAIT_S = 120
+# Connections that are used again, and the threads that wait for them, come and go; one an epoch that stays would make forty.
+COME_AND_GO = 10
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +42,9 @@ def held_by(reader: Reader) -> Held:
 def nothing_grows(held: Held, num_samples: int) -> None:
     assert held.samples == [num_samples] * EPOCHS
     assert held.mib_per_epoch <= 0.1
-    assert max(held.files[WARM_UP:]) <= max(held.files[:WARM_UP]) + 2
+    assert max(held.files[WARM_UP:]) <= max(held.files[:WARM_UP]) + COME_AND_GO
     assert max(held.files) < 150
-    assert max(held.threads[WARM_UP:]) <= max(held.threads[:WARM_UP]) + 2
+    assert max(held.threads[WARM_UP:]) <= max(held.threads[:WARM_UP]) + COME_AND_GO
     assert held.left == []
 
 
