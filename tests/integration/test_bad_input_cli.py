@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import S3
-from test_bad_storage import small_disk
+from small_disk import small_disk
 from ward_export import image_file, replace_text, write_ward
 
 from draf_dist.cli.app import main

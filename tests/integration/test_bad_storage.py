@@ -5,13 +5,12 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import S3
 from memory_source import KEY, MemorySource
+from small_disk import small_disk
 
 from draf_dist.data.prepare import prepare
 from draf_dist.data.release import open_release
@@ -75,23 +74,6 @@ def test_an_endpoint_that_is_no_url_is_a_mistake_of_the_user(s3: S3, monkeypatch
 def test_a_bucket_without_a_release_is_told_from_one_that_is_unfinished(s3: S3) -> None:
     with pytest.raises(SpecError, match="expected a release, found none"):
         open_release(s3.url)
-
-
-@contextmanager
-def small_disk(folder: Path, size_mb: int) -> Iterator[Path]:
-    """A disk of its own, a few MiB large."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size_mb}m", "tmpfs", str(folder)]
-    try:
-        made = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("a full disk needs the program mount")
-    if made.returncode:
-        pytest.skip(f"a full disk needs the right to mount a tmpfs: {made.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 LARGE = MemorySource(num_studies=1500)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import public_data
 import pytest
 from conftest import S3
 from numpy.typing import NDArray
@@ -29,7 +30,6 @@ from draf_dist.sources.volume_files import load_volume
 from draf_dist.storage import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("DRAF_TEST_DATA", ROOT.parent / "shared" / "data"))
 KEY = b"sixteen or more bytes of key"
 SUBJECTS = (1, 5, 20)
 LIVER, SOLID_ORGANS = 5, (1, 5, 79)
@@ -48,12 +48,6 @@ modalities:
 """  # noqa: E501
 
 
-def real(name: str) -> Path:
-    if not (DATA / name).is_dir():
-        pytest.skip(f"{name} is not below DRAF_TEST_DATA ({DATA})")
-    return DATA / name
-
-
 def card(**changes: object) -> VolumeCard:
     return VolumeCard(
         **{"name": "ct", "table": "t", "file": "f", "path": "{file}", "spacing_mm": (3, 3, 3), "patch": (16, 16, 16), **changes}
@@ -68,7 +62,7 @@ def spread(scan: NDArray[np.int16], labels: NDArray[np.int16]) -> float:
 
 def test_a_real_series_lies_as_its_segmentation_says() -> None:
     # The outlines are a NIfTI file, whose orientation says itself how it lies: two formats, one place.
-    folder = real("volume_samples") / "totalsegmentator"
+    folder = public_data.folder("volume_samples") / "totalsegmentator"
     found = load_volume(folder, "example_ct_dicom", card(unit="HU"))[0]
     outlines = load_volume(folder, "example_seg_dicom.nii.gz", card())[0]
     assert found.voxels.shape == outlines.voxels.shape
@@ -81,7 +75,7 @@ def test_a_real_series_lies_as_its_segmentation_says() -> None:
 
 
 def test_a_real_series_compressed_by_jpeg_2000_is_in_hounsfield_units() -> None:
-    raw = load_volume(real("volume_samples") / "totalsegmentator", "example_ct_dicom", card(unit="HU"))[0]
+    raw = load_volume(public_data.folder("volume_samples") / "totalsegmentator", "example_ct_dicom", card(unit="HU"))[0]
     assert raw.voxels.dtype == np.int16
     assert raw.voxels.shape == (1, 20, 512, 512)
     assert raw.spacing_mm == pytest.approx((2.0, 0.9765625, 0.9765625))
@@ -92,7 +86,7 @@ def test_a_real_series_compressed_by_jpeg_2000_is_in_hounsfield_units() -> None:
 
 @pytest.fixture(scope="module")
 def brains(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    demo, raw = real("nichart_mri") / "demo_dataset", Path(tmp_path_factory.mktemp("brains"))
+    demo, raw = public_data.folder("nichart_mri") / "demo_dataset", Path(tmp_path_factory.mktemp("brains"))
     sexes = dict(line.split(",")[::2] for line in (demo / "participants/participants.csv").read_text().split())
     rows = ["MRID,Sex,t1,fl"]
     for subject in (f"Subj{number}" for number in SUBJECTS):
