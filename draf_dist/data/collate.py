@@ -20,8 +20,8 @@ class Frame:
 
     Padding (DESIGN 6.4) is zeros with the first modality marked present, weight 0 and uid -1. Rows may be filled by several
     threads at once, each row by one. images: uint8 (B, C, H, W), volumes: (B, C, D, H, W), both of unknown content until a row is
-    filled, cleared or dropped. Images lie channels last in memory, as JPEG decoders write them: turning each costs an eighth of
-    decoding it, turning a batch on its device next to nothing.
+    filled, cleared or dropped. Images lie channels last in memory, as JPEG decoders write them: turning each would be another pass
+    over it in the decode thread.
     """
 
     def __init__(self, schema: DataSchema, num_rows: int, arena: Arena) -> None:

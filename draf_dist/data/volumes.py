@@ -116,7 +116,7 @@ def random_start(pointer: VolumePointer, spec: VolumeSpec, *, seed: int, epoch: 
 
     A pure function of (seed, epoch, uid) and the sizes, the same for all modalities of a study: volumes on one grid are cut alike.
     """
-    # Here, because it brings torch along: processes that only index or check volumes start in a quarter of the time without.
+    # Here, because it brings torch along: processes that only index or check volumes start sooner without.
     from draf_dist.noise import chain
 
     places = _places(pointer, spec)
