@@ -1,4 +1,8 @@
-"""The `draf` command: parses, calls one verb, turns errors into a message and an exit code."""
+"""The `draf` command: parses, calls one verb, turns errors into a message and an exit code.
+
+Every verb is imported to parse any of them, so none imports torch, Ray or a module that does at its top: the function that needs it
+does. Otherwise --help alone would wait for seconds.
+"""
 
 import os
 import sys

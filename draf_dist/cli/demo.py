@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from draf_dist.cli.demo_checks import PRETRAINED, REFERENCE, RUN
-from draf_dist.cli.demo_stages import Stages
+from draf_dist.cli.demo_stages import PRETRAINED, REFERENCE, RUN, Stages
 from draf_dist.cli.evaluate import print_evaluation
 from draf_dist.cli.output import JsonOption, console, print_json, table
 from draf_dist.cli.subject_key import PUBLIC_KEY

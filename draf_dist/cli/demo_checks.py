@@ -8,16 +8,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from draf_dist.cli.demo_kill import Kill
-from draf_dist.cli.demo_stages import hold
+from draf_dist.cli.demo_stages import PRETRAINED, REFERENCE, RUN, hold
 from draf_dist.data.release import Release
 from draf_dist.data.verify import verify
 from draf_dist.training.journal import Line
 
 LOADED_FROM_OUTSIDE = re.compile(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//|url\(\s*["']?https?:|@import""")
-
-
-# The runs of the demo, beneath its folder: `run` lost a worker and recovered, `reference` never did.
-PRETRAINED, RUN, REFERENCE = "pretrained", "run", "reference"
 
 
 def check_artefacts(release: Release, out: Path, kill: Kill) -> dict[str, str]:

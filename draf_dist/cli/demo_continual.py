@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from draf_dist.cli.demo_checks import REFERENCE
 from draf_dist.cli.demo_job import demo_profile
-from draf_dist.cli.demo_stages import Stages, hold
+from draf_dist.cli.demo_stages import REFERENCE, Stages, hold
 from draf_dist.cli.subject_key import PUBLIC_KEY
 from draf_dist.continual.policy import GatePolicy
 from draf_dist.continual.retrain_job import ReplayWeights, RetrainJob

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from draf_dist.cli.output import errors
 from draf_dist.errors import DataError, explain
 
+# The runs of the demo, beneath its folder: `run` lost a worker and recovered, `reference` never did.
+PRETRAINED, RUN, REFERENCE = "pretrained", "run", "reference"
+
 
 @dataclass
 class Stages:

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from draf_dist.cli.demo_checks import REFERENCE, same_weights, step_losses
+from draf_dist.cli.demo_checks import same_weights, step_losses
 from draf_dist.cli.demo_job import demo_profile
-from draf_dist.cli.demo_stages import Stages, hold
+from draf_dist.cli.demo_stages import REFERENCE, Stages, hold
 from draf_dist.errors import UnreachableError
 from draf_dist.launch.cluster_profile import ClusterProfile, NodeShape, WorkerNodes
 

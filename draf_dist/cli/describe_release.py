@@ -1,10 +1,13 @@
 """How a release is shown in a terminal."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from draf_dist.cli.output import console, table
 from draf_dist.schema.release import SPLITS, Quarantine
-from draf_dist.sources.base import SourceCounts
+
+if TYPE_CHECKING:
+    from draf_dist.sources.base import SourceCounts
 
 Counts = Mapping[str, Mapping[str, Mapping[str, int]]]
 SHOWN_REJECTIONS = 5
@@ -24,7 +27,7 @@ def print_counts(counts: Counts, title: str) -> None:
         console.print(f"[yellow]No studies at:[/] {', '.join(empty)}.", soft_wrap=True, highlight=False)
 
 
-def print_source_counts(counts: SourceCounts) -> None:
+def print_source_counts(counts: "SourceCounts") -> None:
     """What became of table rows and values, as far as something was left out or converted."""
     rows = [
         (name, made.observed, made.converted, made.out_of_range, made.unreadable)
@@ -41,7 +44,7 @@ def print_source_counts(counts: SourceCounts) -> None:
         console.print(table("rows", ("table", "read", "not wanted", "of no study", "bad time", "outside window"), tables))
 
 
-def print_nothing_observed(counts: SourceCounts) -> None:
+def print_nothing_observed(counts: "SourceCounts") -> None:
     """Variables of which a site gave nothing that could be used: most often a wrong code, unit or time format in the card."""
     found = nothing_observed(counts)
     if found:
@@ -53,7 +56,7 @@ def print_nothing_observed(counts: SourceCounts) -> None:
         )
 
 
-def nothing_observed(counts: SourceCounts) -> dict[str, list[str]]:
+def nothing_observed(counts: "SourceCounts") -> dict[str, list[str]]:
     """Variable -> sites that should record it, by the card, and of which no value could be used."""
     return {name: made.empty_at for name, made in sorted(counts.variables.items()) if made.empty_at}
 

@@ -58,8 +58,8 @@ def plan(
 
 
 def _room(release: "Release", needed_bytes: int) -> CacheRoom:
+    from draf_dist.data.local_shards import is_local
     from draf_dist.data.node_cache import default_cache
-    from draf_dist.data.pipeline import is_local
     from draf_dist.data.shard_reader import ShardReader
 
     if is_local(ShardReader(release, "train")):

@@ -123,17 +123,27 @@ def _decode_jpeg(data: Bytes, out: NDArray[np.uint8]) -> None:
     channels, height, width = out.shape
     if channels not in _COLOURS:
         raise UndecodableError(f"a JPEG for {channels} channels, expected 1 or 3")
+    pixels, colour = out.transpose(1, 2, 0), _COLOURS[channels][1]
+    in_place = pixels.flags.c_contiguous
+    try:
+        # The decoder reads the header itself and refuses, undecoded, more pixels than the buffer holds.
+        found = simplejpeg.decode_jpeg(data, colorspace=colour, buffer=pixels if in_place else np.empty(pixels.shape, np.uint8))
+    except ValueError as error:
+        raise _undecodable_jpeg(data, height, width) from error
+    if found.shape != pixels.shape:
+        raise _undecodable_jpeg(data, height, width)
+    if not in_place:
+        pixels[...] = found
+
+
+def _undecodable_jpeg(data: Bytes, height: int, width: int) -> UndecodableError:
     try:
         found_height, found_width, _, _ = simplejpeg.decode_jpeg_header(data)
-        if (found_height, found_width) != (height, width):
-            raise UndecodableError(f"a JPEG of {found_width}x{found_height} pixels, expected {width}x{height}")
-        pixels = out.transpose(1, 2, 0)
-        if pixels.flags.c_contiguous:
-            simplejpeg.decode_jpeg(data, colorspace=_COLOURS[channels][1], buffer=pixels)
-        else:
-            pixels[...] = simplejpeg.decode_jpeg(data, colorspace=_COLOURS[channels][1])
-    except ValueError as error:
-        raise UndecodableError("a damaged JPEG") from error
+    except ValueError:
+        return UndecodableError("a damaged JPEG")
+    if (found_height, found_width) == (height, width):
+        return UndecodableError("a damaged JPEG")
+    return UndecodableError(f"a JPEG of {found_width}x{found_height} pixels, expected {width}x{height}")
 
 
 def _decode_npy(data: Bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:

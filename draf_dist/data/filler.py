@@ -1,6 +1,6 @@
 """Fills frames: members are read, checked and decoded into the rows of a batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +13,7 @@ from torch import Tensor
 from draf_dist.data.bad_data import BadDataDesk
 from draf_dist.data.collate import Frame
 from draf_dist.data.decode import decode_image, decode_series, decode_study
+from draf_dist.data.local_shards import LocalShards, is_local
 from draf_dist.data.patches import CENTRE, Patch, PatchRule
 from draf_dist.data.sample import Members, Sample, Source
 from draf_dist.data.shard_reader import Found, IntArray, ShardReader
@@ -67,6 +68,8 @@ class Filler:
     ) -> None:
         self.schema = readers[0].release.schema
         self.readers = readers
+        # Kept from pass to pass, with the files that they have open.
+        self.local = [LocalShards(reader) if is_local(reader) else None for reader in readers]
         self._hook, self._desk, self._patch_rule = hook, desk, patch_rule
         self._partners = {self.schema.names.index(name): samples for name, samples in (partners or {}).items()}
         self._volumes = [column for column, spec in enumerate(self.schema.modalities) if isinstance(spec, VolumeSpec)]
@@ -92,7 +95,7 @@ class Filler:
             UnreachableError: the store does not answer.
         """
         fetched: dict[tuple[int, int], Patch] = {}
-        for row, sample in self._samples(rows, chunk, sources).items():
+        for row, sample in self._samples(rows, chunk, sources):
             if isinstance(sample, DataError):
                 continue
             for column in self._volumes:
@@ -108,14 +111,8 @@ class Filler:
             DataError: a member that is damaged or not what the schema says, if such may not be left out.
             UnreachableError: the store does not answer.
         """
-        num_read = 0
-        for row, sample in self._samples(rows, chunk, sources).items():
-            if isinstance(sample, DataError):
-                self._desk.leave_out(rows.step, sample)
-                frame.drop(row)
-                num_read += 1
-            else:
-                num_read += _Row(self._desk, frame, rows.step, row, sample, patches).fill()
+        filling = _Filling(self._desk, frame, rows.step, patches)
+        num_read = sum(filling.fill(row, sample) for row, sample in self._samples(rows, chunk, sources))
         self._desk.read(num_read)
         if self._hook is not None:
             here = slice(chunk.start, chunk.stop)
@@ -123,61 +120,62 @@ class Filler:
             for name, indices in levels.items():
                 _change(self._hook, frame, chunk, name, indices)
 
-    def _samples(self, rows: Rows, chunk: range, sources: Sequence[Source]) -> dict[int, Sample | DataError]:
-        """The samples of a chunk, by row; an error in place of one whose shard can't be read."""
-        found: dict[int, Sample | DataError] = {}
+    def _samples(self, rows: Rows, chunk: range, sources: Sequence[Source]) -> Iterator[tuple[int, Sample | DataError]]:
+        """The samples of a chunk, with their rows; an error in place of one whose shard can't be read."""
         source = rows.source[chunk.start : chunk.stop]
         for number in set(source.tolist()):
             here = chunk.start + np.flatnonzero(source == number)
             places = self.readers[number].find(rows.sample[here])
             located = zip(here.tolist(), rows.sample[here].tolist(), rows.epoch[here].tolist(), places, strict=True)
             for row, sample, epoch, place in located:
-                found[row] = Sample(sources[number], sample, epoch, place) if isinstance(place, Found) else place
-        return found
+                yield row, Sample(sources[number], sample, epoch, place) if isinstance(place, Found) else place
 
 
-class _Row:
-    """One sample on its way into one row."""
+class _Filling:
+    """Samples on their way into the rows of a frame. What is left out leaves its row, or the part of it, empty."""
 
-    def __init__(self, desk: BadDataDesk, frame: Frame, step: int, row: int, sample: Sample, patches: Patches) -> None:
-        self._desk, self._frame, self._step, self._row, self._sample, self._patches = desk, frame, step, row, sample, patches
+    def __init__(self, desk: BadDataDesk, frame: Frame, step: int, patches: Patches) -> None:
+        self._desk, self._frame, self._step, self._patches = desk, frame, step, patches
+        self._columns = range(len(frame.schema.modalities))
 
-    def fill(self) -> int:
-        """Fills the row; the number of members that were read. A row of which nothing can be used becomes padding."""
+    def fill(self, row: int, sample: Sample | DataError) -> int:
+        """Fills a row; the number of members that were read. A row of which nothing can be used becomes padding."""
         try:
-            self._describe()
+            if isinstance(sample, DataError):
+                raise sample
+            self._describe(row, sample)
         except DataError as error:
             self._desk.leave_out(self._step, error)
-            self._frame.drop(self._row)
+            self._frame.drop(row)
             return 1
-        present = [self._modality(column) for column in range(len(self._frame.schema.modalities))]
+        present = [self._modality(row, sample, column) for column in self._columns]
         if True not in present:
-            self._frame.drop(self._row)
+            self._frame.drop(row)
         return 1 + len(present) - present.count(None)
 
-    def _describe(self) -> None:
-        sample, found = self._sample, self._sample.found
-        index, place, frame = found.shard_index, found.place, self._frame
+    def _describe(self, row: int, sample: Sample) -> None:
+        found, frame = sample.found, self._frame
+        index, place = found.shard_index, found.place
         if index.sites is not None and index.labels is not None:
-            frame.describe_by_index(self._row, sample.uid, int(index.sites[place]), int(index.labels[place]), sample.epoch)
+            frame.describe_by_index(row, sample.uid, int(index.sites[place]), int(index.labels[place]), sample.epoch)
             return
         column = len(frame.schema.modalities)
         content = sample.read(found, column)
         meta = sample.decoded(found, column, lambda: decode_study(content))
         if meta.uid != sample.uid:
             raise sample.another_uid()
-        sample.decoded(found, column, lambda: frame.describe(self._row, meta, sample.epoch))
+        sample.decoded(found, column, lambda: frame.describe(row, meta, sample.epoch))
 
-    def _modality(self, column: int) -> bool | None:
+    def _modality(self, row: int, sample: Sample, column: int) -> bool | None:
         """Decodes one modality, which may be that of another sample: whether it is there now; None where there is none to read."""
-        frame, row = self._frame, self._row
+        frame = self._frame
         try:
-            found, is_swapped = self._sample.place_of(column)
+            found, is_swapped = sample.place_of(column)
             if found.table[column][OFFSET] == ABSENT:
                 frame.clear(row, column)
                 frame.present[row, column] = False
                 return None
-            self._decode(column, found)
+            self._decode(row, sample, column, found)
         except DataError as error:
             self._desk.leave_out(self._step, error)
             frame.clear(row, column)
@@ -188,8 +186,8 @@ class _Row:
             frame.severity[row, column] = 1.0
         return True
 
-    def _decode(self, column: int, found: Found) -> None:
-        sample, frame, row = self._sample, self._frame, self._row
+    def _decode(self, row: int, sample: Sample, column: int, found: Found) -> None:
+        frame = self._frame
         spec = frame.schema.modalities[column]
         if isinstance(spec, VolumeSpec):
             patch = self._patches.get((row, column)) or sample.patch(column)

@@ -17,10 +17,11 @@ from draf_dist.data.arena import Arena
 from draf_dist.data.bad_data import BadData, BadDataDesk, LeftOut
 from draf_dist.data.filler import DecodeHook, Filler, Rows
 from draf_dist.data.loader_stats import LoaderStats, of_cache, of_stores
+from draf_dist.data.local_shards import is_local
 from draf_dist.data.node_cache import Lease, NodeCache, default_cache
 from draf_dist.data.order import Plan, rank_entries
 from draf_dist.data.patches import PatchRule
-from draf_dist.data.pipeline import Workshop, in_order, is_local, reach
+from draf_dist.data.pipeline import Workshop, in_order, reach
 from draf_dist.data.release import Release
 from draf_dist.data.remote_shards import BLOCK_BYTES
 from draf_dist.data.sequential import Sequential

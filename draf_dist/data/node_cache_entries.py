@@ -106,6 +106,17 @@ def claim(connection: Connection, folder: CacheFolder, job: str, until: Mapping[
     return Claim(found, list(mine), hold, awaited)
 
 
+def there(connection: Connection, folder: CacheFolder, job: str, until: Mapping[BlockKey, int]) -> dict[BlockKey, Block]:
+    """Writes down that a job needs those of the blocks that are there, and opens them."""
+    asker, found = _job_id(connection, job), {}
+    for key, step in until.items():
+        known = connection.execute("SELECT id, size FROM block WHERE content = ? AND number = ? AND maker IS NULL", key).fetchone()
+        if known and (block := _opened(connection, folder, key, known)):
+            _need(connection, known[0], asker, step)
+            found[key] = block
+    return found
+
+
 def need_again(connection: Connection, job: str, until: Mapping[BlockKey, int]) -> None:
     """Writes down once more what a process needs, in an index that has not heard of it."""
     asker = _job_id(connection, job)

@@ -98,6 +98,22 @@ class Lease:
         self._complete(found, wanted, fetch)
         return [found[key] for key in keys]
 
+    def there(self, until: Mapping[BlockKey, int]) -> dict[BlockKey, Block]:
+        """Those blocks that need not be fetched, of however many, at the price of one question; until: as in `get`.
+
+        Raises:
+            UnreachableError: the disk does not answer.
+        """
+        with self._lock:
+            self._check_open()
+            recent = {key: block for key, step in until.items() if (block := self._recent(key, step))}
+            self._stats.hits += len(recent)
+        wanted = {(content, int(number)): int(step) for (content, number), step in until.items() if (content, number) not in recent}
+        found = self._reopened(wanted)
+        if others := {key: step for key, step in wanted.items() if key not in found}:
+            found |= self._lying(others)
+        return recent | found
+
     def advance(self, step: int) -> None:
         """This process needs nothing any more whose `until` is below step. Costs neither lock nor index."""
         with self._lock:
@@ -149,6 +165,20 @@ class Lease:
             self._stats.hits += len(found)
         return found
 
+    def _lying(self, until: Mapping[BlockKey, int]) -> dict[BlockKey, Block]:
+        def work(connection: entries.Connection) -> dict[BlockKey, Block]:
+            self._catch_up(connection)
+            return entries.there(connection, self._files, self._said.job, until)
+
+        with explained(self._files.root):
+            lying, freed = self._index.run_with_room(work)
+        with self._lock:
+            self._needed({key: until[key] for key in lying})
+            self._keep(lying)
+            self._stats.hits += len(lying)
+        self._count_freed(freed)
+        return lying
+
     def _complete(self, found: dict[BlockKey, Block], wanted: Mapping[BlockKey, int], fetch: Fetch) -> None:
         """Fetches what nobody has; then, only then, waits for what others make: so no two callers wait for each other."""
         waited = False
@@ -173,8 +203,7 @@ class Lease:
 
         def work(connection: entries.Connection) -> entries.Claim:
             take_back()  # of an attempt that failed
-            if self._generation != self._index.generation:
-                self._come_back(connection)
+            self._catch_up(connection)
             claim = entries.claim(connection, self._files, self._said.job, missing)
             begun.extend([claim.hold] if claim.hold else ())
             return claim
@@ -186,15 +215,15 @@ class Lease:
             take_back()
             raise
         with self._lock:
-            for key, step in missing.items():
-                self._until[key] = max(step, self._until.get(key, step))
-                heapq.heappush(self._ends, (self._until[key], key))
+            self._needed(missing)
             self._keep(claim.found)
         self._count_freed(freed)
         return claim
 
-    def _come_back(self, connection: entries.Connection) -> None:
-        """The index is another than before, maybe the whole folder is: says again what we need."""
+    def _catch_up(self, connection: entries.Connection) -> None:
+        """Where the index is another than before, maybe the whole folder is: says again what we need."""
+        if self._generation == self._index.generation:
+            return
         with self._lock:
             if not (self._is_closed or self._hold.path.exists()):
                 self._hold = self._files.new_lease(self._said.job, self._said.needed_bytes)
@@ -243,6 +272,12 @@ class Lease:
         block, freed = self._index.with_room(size, lambda: self._files.write_block(hold, key, content))
         self._count_freed(freed)
         return block
+
+    def _needed(self, until: Mapping[BlockKey, int]) -> None:
+        """The index knows now that we need these. The lock must be held."""
+        for key, step in until.items():
+            self._until[key] = max(step, self._until.get(key, step))
+            heapq.heappush(self._ends, (self._until[key], key))
 
     def _keep(self, blocks: Mapping[BlockKey, Block]) -> None:
         """Keeps the descriptors used last. The lock must be held."""

@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 
@@ -12,7 +12,6 @@ import numpy as np
 from draf_dist.data.arena import Arena
 from draf_dist.data.collate import Frame
 from draf_dist.data.filler import Filler, Patches, Rows
-from draf_dist.data.local_shards import LocalShards
 from draf_dist.data.node_cache import Lease
 from draf_dist.data.remote_shards import LastUse, RemoteShards, Wanted
 from draf_dist.data.sample import Members
@@ -156,8 +155,9 @@ class _Workers:
         waiting.join(LEAVING_S)
 
     def _open(self, source: int, reader: ShardReader) -> Members:
-        if is_local(reader):
-            return LocalShards(reader)
+        local = self._workshop.filler.local[source]
+        if local is not None:
+            return local
         assert self._workshop.lease is not None
         self._remote[source] = RemoteShards(reader, source, self._workshop.plan, self._workshop.lease, self._fetchers)
         return self._remote[source]
@@ -205,12 +205,8 @@ class _Job:
 
     def result(self) -> Batch:
         """Waits for it; raises what went wrong in the first chunk that did."""
+        # Once for all of them: whoever wakes for every chunk takes the interpreter from the decoders as often.
+        wait(self.chunks)
         for chunk in self.chunks:
             chunk.result()
         return self.frame.batch()
-
-
-def is_local(reader: ShardReader) -> bool:
-    """Whether reading is a matter of memory, without requests."""
-    locations = (reader.release.tar_location(shard) for shard in reader.shards)
-    return all(store.local_path(path) is not None for store, path in locations)

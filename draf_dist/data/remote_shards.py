@@ -5,7 +5,7 @@ neighbours in one request. A block is held by the cache until the last step of i
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ import numpy as np
 
 from draf_dist.data.node_cache import Block, BlockKey, Lease
 from draf_dist.data.shard_reader import IntArray, ShardReader, runs
-from draf_dist.data.shards import ABSENT, OFFSET, SIZE
 from draf_dist.errors import DataError
 from draf_dist.storage import MissingError
 
@@ -133,14 +132,16 @@ class RemoteShards:
     def _blocks(self, part: Wanted) -> dict[tuple[int, int], int]:
         """(shard, block) -> the latest epoch of this step that reads it, in the order of the rows."""
         found: dict[tuple[int, int], int] = {}
-        for shard in dict.fromkeys(part.shard.tolist()):
-            mine = part.shard == shard
-            try:
-                members = self._reader.index(shard).members[part.row[mine]]
-            except DataError:
-                continue
-            start, stop = _extents(members)
-            for first, last, epoch in zip(start // BLOCK_BYTES, (stop - 1) // BLOCK_BYTES, part.epoch[mine].tolist(), strict=True):
+        spans: dict[int, Iterator[tuple[int, int]]] = {}
+        for shard in set(part.shard.tolist()):
+            with suppress(DataError):
+                start, stop = self._reader.index(shard).extents
+                rows = part.row[part.shard == shard]
+                first_blocks, last_blocks = start[rows] // BLOCK_BYTES, (stop[rows] - 1) // BLOCK_BYTES
+                spans[shard] = zip(first_blocks.tolist(), last_blocks.tolist(), strict=True)
+        for shard, epoch in zip(part.shard.tolist(), part.epoch.tolist(), strict=True):
+            if shard in spans:
+                first, last = next(spans[shard])
                 for block in range(first, last + 1):
                     found[shard, block] = max(epoch, found.get((shard, block), epoch))
         return found
@@ -157,17 +158,23 @@ class RemoteShards:
     def _request(self, fresh: dict[tuple[int, int], _Fresh]) -> None:
         """Sends for blocks: those that the first step needs first."""
         until = self._until({block: wanted.epoch for block, wanted in fresh.items()})
+        there = self._lease.there({self._key(*block): until[block] for block in fresh})
         of_shard: dict[int, list[int]] = {}
         for shard, block in sorted(fresh):
-            of_shard.setdefault(shard, []).append(block)
+            if (kept := there.get(self._key(shard, block))) is None:
+                of_shard.setdefault(shard, []).append(block)
+            else:
+                self._hold([(shard, block)], fresh, _done([kept]))
         requests = [(shard, run) for shard, blocks in of_shard.items() for run in runs(blocks, BLOCKS_PER_REQUEST)]
         requests.sort(key=lambda request: min(fresh[request[0], block].first_step for block in request[1]))
         for shard, run in requests:
             request = self._fetchers.submit(self._fetch, shard, run, [until[shard, block] for block in run])
-            with self._lock:
-                for place, block in enumerate(run):
-                    wanted = fresh[shard, block]
-                    self._held[shard, block] = _Held(request, place, wanted.last_step, wanted.epoch)
+            self._hold([(shard, block) for block in run], fresh, request)
+
+    def _hold(self, blocks: Sequence[tuple[int, int]], fresh: dict[tuple[int, int], _Fresh], request: Future[list[Block]]) -> None:
+        with self._lock:
+            for place, block in enumerate(blocks):
+                self._held[block] = _Held(request, place, fresh[block].last_step, fresh[block].epoch)
 
     def _until(self, epochs: dict[tuple[int, int], int]) -> dict[tuple[int, int], int]:
         """The last step that needs a sample of each block, in the block's epoch."""
@@ -182,7 +189,7 @@ class RemoteShards:
 
     def _samples_in(self, shard: int, block: int) -> IntArray:
         """The samples of which some byte lies in a block."""
-        start, stop = _extents(self._reader.index(shard).members)
+        start, stop = self._reader.index(shard).extents
         inside = (start < (block + 1) * BLOCK_BYTES) & (stop > block * BLOCK_BYTES)
         return self._reader.sample_number(shard, 0) + np.flatnonzero(inside)
 
@@ -225,9 +232,7 @@ class RemoteShards:
         return self._reader.shards[shard].sha256, block
 
 
-def _extents(members: IntArray) -> tuple[IntArray, IntArray]:
-    """Of each sample, members (n, M + 1, 3): the first byte of what it has, and one past the last: int64 (n,) each."""
-    offset, size = members[:, :, OFFSET], members[:, :, SIZE]
-    has = offset != ABSENT
-    start = np.where(has, offset, np.iinfo(np.int64).max).min(axis=1)
-    return start, np.where(has, offset + size, 0).max(axis=1)
+def _done(blocks: list[Block]) -> Future[list[Block]]:
+    request: Future[list[Block]] = Future()
+    request.set_result(blocks)
+    return request

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
-from zlib import crc32
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from draf_dist.data.decode import Bytes, UndecodableError
 from draf_dist.data.patches import Patch, PatchRule

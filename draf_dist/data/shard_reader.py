@@ -61,18 +61,11 @@ class ShardReader:
             UnreachableError: the store does not answer.
         """
         shards, places = self.locate(samples)
-        found: list[Found | DataError] = [DataError()] * len(samples)
-        for shard in set(shards.tolist()):
-            (mine,) = np.nonzero(shards == shard)
-            try:
-                index = self.index(shard)
-            except DataError as error:
-                for number in mine.tolist():
-                    found[number] = error
-                continue
-            here = places[mine]
-            for number, place, table in zip(mine.tolist(), here.tolist(), index.members[here].tolist(), strict=True):
-                found[number] = Found(shard, place, index, table)
+        indexes = {shard: self._index_or_error(shard) for shard in set(shards.tolist())}
+        found: list[Found | DataError] = []
+        for shard, place in zip(shards.tolist(), places.tolist(), strict=True):
+            index = indexes[shard]
+            found.append(index if isinstance(index, DataError) else Found(shard, place, index, index.members[place].tolist()))
         return found
 
     def sample_number(self, shard: int, row: int) -> int:
@@ -107,6 +100,12 @@ class ShardReader:
     def broken(self, shard: int, *, expected: str, found: str) -> DataError:
         """The error for a whole shard."""
         return self._broken(self.shards[shard], expected, found)
+
+    def _index_or_error(self, shard: int) -> ShardIndex | DataError:
+        try:
+            return self.index(shard)
+        except DataError as error:
+            return error
 
     def _load_index(self, shard: ShardRecord) -> ShardIndex:
         index = self.release.index(shard)

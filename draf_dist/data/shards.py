@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -91,6 +92,14 @@ class ShardIndex:
         found = self._member(i, len(self.modalities))
         assert found is not None  # every sample has one: decode_index refuses an index without
         return found
+
+    @cached_property
+    def extents(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of every sample, the first byte of what it has and one past the last: int64 (n,) each."""
+        offset, size = self.members[:, :, OFFSET], self.members[:, :, SIZE]
+        has = offset != ABSENT
+        start = np.where(has, offset, np.iinfo(np.int64).max).min(axis=1)
+        return start, np.where(has, offset + size, 0).max(axis=1)
 
     def extent(self, i: int) -> tuple[int, int]:
         """Bytes [start, stop) that hold all members of sample i (and the tar headers between them)."""

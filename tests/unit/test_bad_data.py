@@ -1,6 +1,5 @@
 """Members that can't be used: under `fail` the run ends, under `quarantine` that member alone is left out, told and counted."""
 
-import shutil
 import zlib
 from pathlib import Path
 
@@ -8,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from remote_folder import as_remote
-from sharded import order_of, real_rows, sharded_release
+from sharded import copied, order_of, real_rows, sharded_release, tar_of
 
 from draf_dist.data.bad_data import BadData
 from draf_dist.data.loader import Loader, Reading
 from draf_dist.data.node_cache import NodeCache
-from draf_dist.data.release import Release, index_path, open_release, tar_path
+from draf_dist.data.release import Release, index_path
 from draf_dist.data.shards import Member
 from draf_dist.errors import DataError
 from draf_dist.schema.batch import Batch
@@ -28,19 +27,11 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
 
 @pytest.fixture
 def copy(release: Release, tmp_path: Path) -> Release:
-    """A release of one's own, to be broken."""
-    shutil.copytree(release.url, tmp_path / "copy")
-    return open_release(str(tmp_path / "copy"))
-
-
-def tar(release: Release, number: int = 0) -> Path:
-    path = release.store.local_path(tar_path(release.shards("train")[number]))
-    assert path is not None
-    return path
+    return copied(release, tmp_path / "copy")
 
 
 def flip(release: Release, member: Member) -> None:
-    with tar(release).open("r+b") as file:
+    with tar_of(release).open("r+b") as file:
         file.seek(member.offset + member.size - 1)
         last = file.read(1)
         file.seek(-1, 1)
@@ -101,7 +92,7 @@ def test_a_sample_of_which_nothing_is_left_is_padding(copy: Release, part: str) 
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_shard_that_is_gone_costs_its_samples(copy: Release, tmp_path: Path, remote: bool) -> None:
-    tar(copy).unlink()
+    tar_of(copy).unlink()
     reading = Reading(bad_data=SPARE.bad_data, cache=NodeCache(tmp_path / "cache", 10**9))
     loader, found = epoch(as_remote(copy)[0] if remote else copy, reading)
     lost = set(copy.index(copy.shards("train")[0]).uids.tolist())
@@ -120,9 +111,9 @@ def test_a_shard_without_its_index_costs_its_samples(copy: Release, tmp_path: Pa
 
 
 def test_of_a_remote_shard_that_is_cut_short_what_is_there_is_used(copy: Release, tmp_path: Path) -> None:
-    index, content = copy.index(copy.shards("train")[0]), tar(copy).read_bytes()
+    index, content = copy.index(copy.shards("train")[0]), tar_of(copy).read_bytes()
     half = len(content) // 2
-    tar(copy).write_bytes(content[:half])
+    tar_of(copy).write_bytes(content[:half])
     remote, _ = as_remote(copy)
     reading = Reading(bad_data=SPARE.bad_data, cache=NodeCache(tmp_path / "cache", 10**9))
     _, found = epoch(remote, reading)
@@ -132,7 +123,7 @@ def test_of_a_remote_shard_that_is_cut_short_what_is_there_is_used(copy: Release
 
 
 def test_more_than_the_limit_ends_the_run_and_says_how_many(copy: Release) -> None:
-    tar(copy).unlink()
+    tar_of(copy).unlink()
     with pytest.raises(DataError, match=r"at most 1.0% of the members unusable, found \d+ of \d+; the last one: "):
         epoch(copy, Reading(bad_data=BadData(policy="quarantine", limit=0.01)))
 

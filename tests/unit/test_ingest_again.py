@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dying_writer import Died, dying_after
 from memory_delivery import MemoryDelivery, at, changed_schema, content, sealed, take_in, uid_of
 from memory_source import KEY, SCHEMA, MemorySource, only, with_image
 
@@ -17,7 +18,6 @@ from draf_dist.data.release import Release, open_release, release_log
 from draf_dist.data.verify import verify
 from draf_dist.errors import DataError, GateError
 from draf_dist.schema.study import Rejection, Study
-from draf_dist.storage import LocalStore
 
 EAST_TOO = SCHEMA.model_copy(update={"sites": (*SCHEMA.sites, "east")})
 
@@ -213,32 +213,18 @@ def test_preparing_the_first_export_again_leaves_what_was_delivered(parent: Rele
     assert open_release(parent.url).version == child.version
 
 
-class Died(BaseException):
-    """Stands for the end of the process in the middle of a write."""
-
-
-def test_at_whichever_write_an_ingest_dies_the_release_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_whichever_write_an_ingest_dies_the_release_is_as_it_was(tmp_path: Path) -> None:
     parent = prepare(MemorySource(num_studies=20), str(tmp_path / "small"), subject_key=KEY)
-    folder, publish, num_left = sealed(tmp_path / "in"), LocalStore._publish, 1000
-
-    def dying(store: LocalStore, temporary: Path, path: str) -> None:
-        nonlocal num_left
-        num_left -= 1
-        if num_left < 0:
-            raise Died
-        publish(store, temporary, path)
-
-    monkeypatch.setattr(LocalStore, "_publish", dying)
-    versions = set()
+    folder, versions = sealed(tmp_path / "in"), set()
     for num_writes in range(30):
-        shutil.copytree(parent.url, tmp_path / f"{num_writes}")
-        url, num_left = str(tmp_path / f"{num_writes}"), num_writes
+        url = str(tmp_path / f"{num_writes}")
+        shutil.copytree(parent.url, url)
         try:
-            versions.add(ingest(MemoryDelivery(num_studies=10), folder, url, subject_key=KEY).release.version)
+            with dying_after(num_writes):
+                versions.add(ingest(MemoryDelivery(num_studies=10), folder, url, subject_key=KEY).release.version)
             break
         except Died:
             assert open_release(url).version == parent.version
-        num_left = 1000
         versions.add(ingest(MemoryDelivery(num_studies=10), folder, url, subject_key=KEY).release.version)
         assert verify(open_release(url)).num_samples == 30
     # At least one shard and its index, five small files, release.json, HEAD.json.

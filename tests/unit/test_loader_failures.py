@@ -1,17 +1,16 @@
 """Damage and failures: an error that names where it is, and threads that end."""
 
-import shutil
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from sharded import order_of, sharded_release
+from sharded import copied, order_of, sharded_release, tar_of
 from torch import Tensor
 
 from draf_dist.data.loader import Loader, Reading, evaluation_batches
 from draf_dist.data.order import Order
-from draf_dist.data.release import Release, open_release, tar_path
+from draf_dist.data.release import Release
 from draf_dist.errors import DataError
 from draf_dist.schema.batch import Batch
 from draf_dist.schema.identity import uid_name
@@ -24,18 +23,14 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
 
 @pytest.fixture
 def copy(release: Release, tmp_path: Path) -> Release:
-    """A release of one's own, to be broken."""
-    shutil.copytree(release.url, tmp_path / "copy")
-    return open_release(str(tmp_path / "copy"))
+    return copied(release, tmp_path / "copy")
 
 
 # Damage.
 
 
 def damage(release: Release, number: int, at: int, data: bytes) -> None:
-    path = release.store.local_path(tar_path(release.shards("train")[number]))
-    assert path is not None
-    with path.open("r+b") as file:
+    with tar_of(release, number).open("r+b") as file:
         file.seek(at)
         file.write(data)
 
@@ -73,17 +68,14 @@ def test_good_batches_come_before_the_broken_one(copy: Release) -> None:
 
 
 def test_a_truncated_shard_is_an_error_and_kills_nothing(copy: Release) -> None:
-    path = copy.store.local_path(tar_path(copy.shards("train")[0]))
-    assert path is not None
+    path = tar_of(copy)
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(DataError, match=r"shard [0-9a-f]{64}: expected \d+ bytes, found 2000 bytes"):
         read_all(copy)
 
 
 def test_a_shard_that_is_gone_is_an_error(copy: Release) -> None:
-    path = copy.store.local_path(tar_path(copy.shards("train")[0]))
-    assert path is not None
-    path.unlink()
+    tar_of(copy).unlink()
     with pytest.raises(DataError, match=r"shard [0-9a-f]{64}: expected a shard, found No such file"):
         read_all(copy)
 

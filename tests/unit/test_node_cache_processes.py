@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from test_node_cache import JOB, SIZE, Origin, content, get, key, lying
+from cached_blocks import JOB, SIZE, Origin, content, get, key, lying
 
 from draf_dist.data.node_cache import BlockKey, Lease, NodeCache
 from draf_dist.errors import SpecError

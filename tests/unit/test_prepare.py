@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dying_writer import Died, dying_after
 from memory_source import KEY, SCHEMA, MemorySource, only, with_image
 from PIL import Image
 
@@ -23,7 +24,6 @@ from draf_dist.schema.identity import study_uid, subject_pseudonym
 from draf_dist.schema.modality import ImageSpec, TableSpec, VariableSpec
 from draf_dist.schema.release import SPLITS, ReleaseManifest, ShardRecord
 from draf_dist.schema.study import Rejection, Study
-from draf_dist.storage import LocalStore
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -327,30 +327,15 @@ def test_what_is_not_a_release_is_named_with_what_is_there(tmp_path: Path) -> No
         open_release(str(tmp_path / "small"))
 
 
-class Died(BaseException):
-    """Stands for the end of the process in the middle of a write."""
-
-
 @pytest.mark.parametrize("earlier", [False, True])
-def test_at_whichever_write_a_run_dies_no_half_release_is_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
-) -> None:
-    url, publish, num_left = str(tmp_path / "small"), LocalStore._publish, 0
-
-    def dying(store: LocalStore, temporary: Path, path: str) -> None:
-        nonlocal num_left
-        num_left -= 1
-        if num_left < 0:
-            raise Died
-        publish(store, temporary, path)
-
+def test_at_whichever_write_a_run_dies_no_half_release_is_seen(tmp_path: Path, earlier: bool) -> None:
+    url = str(tmp_path / "small")
     first = prepare(MemorySource(num_studies=20), url, subject_key=KEY) if earlier else None
-    monkeypatch.setattr(LocalStore, "_publish", dying)
     num_deaths = 0
     while True:
-        num_left = num_deaths  # every attempt may write one thing more than the one before it
         try:
-            release = prepare(MemorySource(num_studies=30), url, subject_key=KEY, shard_size_bytes=20_000)
+            with dying_after(num_deaths):  # every attempt may write one thing more than the one before it
+                release = prepare(MemorySource(num_studies=30), url, subject_key=KEY, shard_size_bytes=20_000)
             break
         except Died:
             num_deaths += 1
