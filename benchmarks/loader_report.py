@@ -87,6 +87,10 @@ class Ratio:
     interval: Interval
 
 
+# What ours behind a line is held against: what the proxy costs by itself, and what the distance adds to that.
+NEARER = {"s3-proxy": ("s3",), "s3-latency": ("s3", "s3-proxy"), "s3-latency-cap": ("s3", "s3-proxy")}
+
+
 def ratios(runs: Sequence[Run]) -> list[Ratio]:
     """All that the issue asks for: rates and first batches against every peer and the best of them, the bound, latency, joint."""
     found: list[Ratio] = []
@@ -110,9 +114,9 @@ def ratios(runs: Sequence[Run]) -> list[Ratio]:
                 add(setting, phase, name, "best library", ours, _best({arm: theirs[arm] for arm in LIBRARIES}, best))
         bound = values_of(runs, "memory", "decode", "warm", "images_per_s")
         add(setting, "warm", "images_per_s", "decode bound", values_of(runs, setting, "ours", "warm", "images_per_s"), bound)
-        near = values_of(runs, "s3", "ours", "cold", "images_per_s")
-        if setting.startswith("s3-"):
-            add(setting, "cold", "images_per_s", "ours in s3", values_of(runs, setting, "ours", "cold", "images_per_s"), near)
+        for near in NEARER.get(setting, ()):
+            ours = values_of(runs, setting, "ours", "cold", "images_per_s")
+            add(setting, "cold", "images_per_s", f"ours in {near}", ours, values_of(runs, near, "ours", "cold", "images_per_s"))
         for phase in ("cold", "warm"):
             for name in ("images_per_s", "samples_per_s"):
                 joint = values_of(runs, setting, "ours-joint", phase, name)

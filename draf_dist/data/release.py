@@ -5,6 +5,7 @@ import hashlib
 import json
 import posixpath
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -208,14 +209,11 @@ def load_release(url: str, store: Store, version: str) -> Release:
 
 def _load(url: str, store: Store, manifest: ReleaseManifest) -> Release:
     version = manifest.version
-    return Release(
-        url=url,
-        version=version,
-        store=store,
-        manifest=manifest,
-        schema=_read_part(store, version, "schema.json", manifest.schema_sha256, DataSchema),
-        stats=_read_part(store, version, "stats.json", manifest.stats_sha256, ReleaseStats),
-    )
+    with ThreadPoolExecutor(1) as other:
+        # At once: each costs a round trip.
+        stats = other.submit(_read_part, store, version, "stats.json", manifest.stats_sha256, ReleaseStats)
+        schema = _read_part(store, version, "schema.json", manifest.schema_sha256, DataSchema)
+        return Release(url=url, version=version, store=store, manifest=manifest, schema=schema, stats=stats.result())
 
 
 def load_manifest(store: Store, version: str) -> ReleaseManifest:

@@ -5,6 +5,7 @@ import re
 import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig
 
 CONNECT_TIMEOUT_S = 3
-# obstore's limit on a whole request is 30 s unless told: too short for a large range over a slow link. Silence is noticed anyway.
-NO_LIMIT = timedelta(days=7)
+# obstore's limit on a whole request is 30 s unless told: too short for a large range over a slow link. Silence is noticed within
+# the stall timeout; this is for a server that sends a byte now and then: below 14 kB/s, the 8 MiB that we ask for count as stalled.
+LONGEST_REQUEST = timedelta(minutes=10)
 # obstore asks anew when less than 5 minutes are left, so once a minute; botocore renews well before the end.
 CREDENTIALS_FOR = timedelta(minutes=6)
 _STATUS = re.compile(r"non-2xx status code: (\d{3})")
@@ -80,7 +82,7 @@ class RangeReader:
         with self._lock:
             if self._client is None:
                 claim_process()
-                self._client = _client(self.place, self.stall_timeout_s)
+                self._client = _client(self.place, self.stall_timeout_s, os.environ.get("AWS_CA_BUNDLE"), _Credentials())
             return self._client
 
 
@@ -108,12 +110,13 @@ def forked() -> SpecError:
     )
 
 
-def _client(place: Place, stall_timeout_s: float) -> Bucket:
+@lru_cache(maxsize=16)
+def _client(place: Place, stall_timeout_s: float, authority: str | None, credentials: "_Credentials") -> Bucket:
+    """One for all stores in a bucket, which so share connections. authority: a file of certificates."""
     endpoint: dict[str, Any] = {"endpoint": place.endpoint} if place.endpoint else {}
-    authority = os.environ.get("AWS_CA_BUNDLE")
     options: ClientConfig = {
         "allow_http": (place.endpoint or "").startswith("http://"),
-        "timeout": NO_LIMIT,
+        "timeout": LONGEST_REQUEST,
         "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
         "read_timeout": timedelta(seconds=stall_timeout_s),
     }
@@ -123,7 +126,7 @@ def _client(place: Place, stall_timeout_s: float) -> Bucket:
         place.bucket,
         region=place.region,
         **endpoint,
-        credential_provider=_Credentials(),
+        credential_provider=credentials,
         client_options=options,
         retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=0)},
     )
@@ -137,6 +140,15 @@ class _Credentials:
         if self._found is None:
             remedy = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use whatever else AWS tools take."
             raise UnreachableError(explain("S3", expected="credentials", found="none", remedy=remedy))
+        # Those that change by themselves are like no others.
+        lasting = not isinstance(self._found, RefreshableCredentials)
+        self._same: object = tuple(self._found.get_frozen_credentials()) if lasting else object()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Credentials) and self._same == other._same
+
+    def __hash__(self) -> int:
+        return hash(self._same)
 
     def __call__(self) -> Any:
         frozen = self._found.get_frozen_credentials()

@@ -3,6 +3,7 @@
 import io
 import pickle
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -99,6 +100,18 @@ def test_any_flipped_byte_is_refused_or_harmless() -> None:
         except UndecodableError:
             continue
         assert out.shape == (1, 16, 24)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (128, 32), (65, 64), (4000, 4000)])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_jpeg_of_another_size_is_refused_by_name_in_no_more_memory(size: tuple[int, int], last: bool) -> None:
+    data = simplejpeg.encode_jpeg(np.zeros((*size, 3), np.uint8), colorspace="RGB")
+    out = np.zeros((64, 64, 3), np.uint8).transpose(2, 0, 1) if last else np.zeros((3, 64, 64), np.uint8)
+    tracemalloc.start()
+    with pytest.raises(UndecodableError, match=f"a JPEG of {size[1]}x{size[0]} pixels, expected 64x64"):
+        decode_image(data, out)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 def test_a_truncated_jpeg_is_refused() -> None:

@@ -41,6 +41,23 @@ def test_another_lease_finds_what_lies_there_and_numpy_numbers_are_numbers(cache
         assert (second.stats.hits, second.stats.misses) == (1, 0)
 
 
+def test_what_is_there_is_told_at_once_kept_until_its_step_and_never_fetched(cache: NodeCache) -> None:
+    with cache.lease("another", 0) as other:
+        get(other, Origin(), [0, 1], until=1)
+    with cache.lease(JOB, 2 * SIZE) as lease, cache.lease("a third", 0) as third:
+        found = lease.there({key(0): 5, (key(1)[0], np.int64(key(1)[1])): 5, key(2): 5})
+        assert {name: block.read(0, SIZE) for name, block in found.items()} == {key(n): content(key(n)) for n in (0, 1)}
+        assert (lease.stats.hits, lease.stats.misses) == (2, 0)
+        get(third, Origin(), [3, 4], until=1)
+        third.advance(2)
+        get(third, Origin(), [5, 6], until=2)
+        assert set(lying(cache)) == {key(0), key(1), key(5), key(6)}, "what was found is needed until its step"
+        third.advance(3)
+        lease.advance(6)
+        get(third, Origin(), range(7, 11), until=3)
+        assert not {key(0), key(1)} & set(lying(cache))
+
+
 def test_buffers_of_any_kind_are_stored(cache: NodeCache) -> None:
     data = [memoryview(np.arange(6, dtype=np.int16)), bytearray(b"abc"), b""]
     with cache.lease(JOB, 0) as lease:
