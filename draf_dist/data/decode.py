@@ -9,6 +9,7 @@ import math
 import re
 import struct
 import zlib
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ def decode_series(data: Bytes, out: NDArray[np.float32]) -> None:
         UndecodableError: another shape or type, an infinite value, or damage.
     """
     values = _decode_npy(data, np.dtype("<f4"), out.shape)
-    if np.isinf(values).any():
+    if not np.isfinite(values).all() and np.isinf(values).any():
         raise UndecodableError("an infinite value, expected numbers or NaN")
     out[...] = values
 
@@ -146,13 +147,18 @@ def _undecodable_jpeg(data: Bytes, height: int, width: int) -> UndecodableError:
     return UndecodableError(f"a JPEG of {found_width}x{found_height} pixels, expected {width}x{height}")
 
 
+# The members of a modality all have the same header.
+@lru_cache(maxsize=64)
+def _is_header_of(header: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
+    found = _NPY_HEADER.fullmatch(header)
+    return found is not None and found.groups() == (dtype.str.encode(), b"False", ", ".join(str(side) for side in shape).encode())
+
+
 def _decode_npy(data: Bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     start = 10 + int.from_bytes(data[8:10], "little")
     if bytes(data[:8]) != _NPY_MAGIC + b"\x01\x00" or len(data) < start:
         raise UndecodableError("no npy of version 1.0")
-    found = _NPY_HEADER.fullmatch(bytes(data[10:start]))
-    expected = (dtype.str.encode(), b"False", ", ".join(str(side) for side in shape).encode())
-    if found is None or found.groups() != expected:
+    if not _is_header_of(bytes(data[10:start]), dtype, shape):
         raise UndecodableError(f"another type or shape than {dtype} {shape}")
     num_bytes = dtype.itemsize * math.prod(shape)
     if len(data) - start != num_bytes:

@@ -16,6 +16,7 @@ LISTED_TARS = 10
 _WILD = re.compile(r"[*?\[]")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _REMEDY = "Check --from-webdataset."
 
 
@@ -35,13 +36,15 @@ def find_tars(url: str, data_set: Store) -> tuple[ForeignTar, ...]:
     both can be moved together; all others as they are. Patterns (`*`, `?`, `[...]`) hold within a file's name.
 
     Raises:
-        SpecError: no tar there, a name that is not there, or a URL that is none or carries credentials.
+        SpecError: no tar there, a name that is not there, compressed tars, or a URL that is none or carries credentials.
         UnreachableError: the store does not answer, or refuses the credentials.
     """
     found: list[ForeignTar] = []
     missing: list[str] = []
     stores: dict[str, Store] = {}
     for name in expanded(url):
+        if _COMPRESSED.search(name):
+            raise _packed(name, name.rpartition("/")[2])
         tars = _tars_at(name, data_set, stores)
         found += tars
         if not tars:
@@ -92,9 +95,28 @@ def _tars_at(url: str, data_set: Store, stores: dict[str, Store]) -> list[Foreig
     if folder not in stores:
         stores[folder] = open_store(folder or ("/" if url.startswith("/") else "."))
     store = stores[folder]
-    names = [name] if not _WILD.search(name) else sorted(path for path in _names(store) if fnmatch.fnmatchcase(path, name))
+    names = [name] if not _WILD.search(name) else _fitting(url, store, name)
     is_relative = "://" not in url and not Path(url).expanduser().is_absolute()
     return [_tar(store, found, data_set, is_relative=is_relative) for found in names if store.exists(found)]
+
+
+def _fitting(url: str, store: Store, pattern: str) -> list[str]:
+    """Names of files that fit a pattern.
+
+    Raises:
+        SpecError: one of them is a compressed tar, or none fits and compressed ones would.
+    """
+    files = sorted(_names(store))
+    fitting = [name for name in files if fnmatch.fnmatchcase(name, pattern)]
+    meant = fitting or [name for name in files if fnmatch.fnmatchcase(_COMPRESSED.sub(".tar", name), pattern)]
+    if packed := next((name for name in meant if _COMPRESSED.search(name)), None):
+        raise _packed(url, packed)
+    return fitting
+
+
+def _packed(url: str, name: str) -> SpecError:
+    remedy = "Unpack them first (gunzip, bunzip2, unxz, zstd -d): bytes in the middle of a compressed tar can't be read."
+    return SpecError(explain(url, expected="tars that are not compressed", found=name, remedy=remedy))
 
 
 def _names(store: Store) -> list[str]:

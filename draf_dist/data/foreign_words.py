@@ -1,6 +1,8 @@
 """What a sample of a foreign tar says in words: its site, its label, its subject."""
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +11,9 @@ from draf_dist.sources.webdataset_card import META_MEMBER, WebDatasetCard, WordC
 
 # Extension -> content, of the members that hold words.
 Texts = Mapping[str, bytes]
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+# As programs write an index: "02" is more likely the name of something.
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 class Words:
@@ -18,6 +23,8 @@ class Words:
         self._card, self._label = card, card.chosen_label
         self._site_of = {word: site for site in card.sites.groups for word in card.sites.words(site)}
         self._sites = card.sites.names()
+        # Of classes that are numbers themselves an index would silently be another class: grade "0" among 1, 2 and 3.
+        self._may_be_index = not any(_NUMBER.fullmatch(name) for name in (*self._label.classes, *self._label.values))
         self.extensions = frozenset(META_MEMBER if word.path else word.member for word in card.words if word.path or word.member)
 
     def site(self, key: str, texts: Texts) -> int:
@@ -50,9 +57,10 @@ class Words:
         name = card.values.get(word, word)
         if name in classes:
             return classes.index(name)
-        if name.isascii() and name.isdecimal() and len(name) < 10 and int(name) < len(classes):
+        if self._may_be_index and _INDEX.fullmatch(name) and int(name) < len(classes):
             return int(name)
-        raise UnfitError("unknown label", f"it is neither one of {', '.join(classes)} nor a number below {len(classes)}")
+        or_index = f", nor a number below {len(classes)}" if self._may_be_index else "; where these are numbers none is an index"
+        raise UnfitError("unknown label", f"it is none of {', '.join(classes)}{or_index}")
 
     def subject(self, key: str, texts: Texts) -> str | None:
         """What names the sample's subject; None where the card says that everyone has one sample.
@@ -96,9 +104,11 @@ def _json(content: bytes) -> Any:
 
 
 def _as_word(value: Any) -> str | None:
-    """Numbers as a person writes them: 1 and 1.0 are the same."""
-    if value is None or isinstance(value, str):
-        return (value or "").strip() or None
+    """Numbers as a person writes them: 1 and 1.0 are the same. None for null, and for NaN, which pandas writes in its place."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if isinstance(value, str):
+        return value.strip() or None
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:

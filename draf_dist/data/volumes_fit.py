@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from draf_dist.data.volumes import Voxels
+from draf_dist.data.volumes_write import size_problem
 from draf_dist.schema.modality import Sides, VolumeSpec
 from draf_dist.schema.study import RawVolume
 from draf_dist.schema.volume import MAX_VOXELS
@@ -43,6 +44,8 @@ def fitted(raw: RawVolume, spec: VolumeSpec) -> Voxels:
         found = f"{sides} voxels at {list(spec.spacing_mm)} mm"
         raise UnfitVolumeError("volume too large", f"{spec.name}: {found}, at most {MAX_VOXELS} are allowed")
     target = _target(sides, spec)
+    if problem := size_problem((spec.channels, *target), spec):
+        raise UnfitVolumeError("volume too large", f"{spec.name}: {problem}")
     planes = [boxed(resampled(_clean(plane, spec), raw.spacing_mm, spec.spacing_mm), target, spec.fill) for plane in raw.voxels]
     stacked: NDArray[Any] = np.stack(planes)
     return _stored(stacked, spec)

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from draf_dist.config.spec import canonical_json
+from draf_dist.data.decode import MAX_POINTER_BYTES
 from draf_dist.data.volumes import STEP, Voxels
-from draf_dist.schema.modality import VolumeSpec
+from draf_dist.schema.modality import MAX_SIDE, VolumeSpec
 from draf_dist.schema.volume import (
     INDEX_CRC_BYTES,
     INDEX_ENTRY_BYTES,
+    MAX_VOXELS,
     METADATA,
     StoredObject,
     StoredShard,
@@ -26,6 +28,8 @@ from draf_dist.schema.volume import (
 ZSTD_LEVEL = 1
 # Of the voxels of a shard, unpacked: a volume of at most this size is one object beside its zarr.json.
 SHARD_BYTES = 128 * 2**20
+# More than a pointer takes beside the indexes of its shards, and a shard beside its own.
+POINTER_BYTES, POINTER_SHARD_BYTES = 1024, 256
 AXES = ("channel", "superior", "anterior", "right")
 
 
@@ -60,6 +64,26 @@ def shard_shape(shape: tuple[int, ...], chunk: tuple[int, ...], itemsize: int) -
     layer_bytes = c * chunk[1] * h * w * itemsize
     layers = max(1, min(d // chunk[1], SHARD_BYTES // layer_bytes))
     return c, layers * chunk[1], h, w
+
+
+def size_problem(shape: tuple[int, ...], spec: VolumeSpec) -> str | None:
+    """Why a volume (C, D, H, W) can't be stored, or couldn't be read again; None where it can. Nothing is allocated."""
+    chunk = (1, *spec.chunk)
+    shard = shard_shape(shape, chunk, np.dtype(spec.dtype).itemsize)
+    for what, (_, *sides) in (("the volume", shape), ("a shard of whole chunks", shard)):
+        if max(sides) > MAX_SIDE or math.prod(sides) * spec.channels > MAX_VOXELS:
+            found = f"{sides} voxels at {list(spec.spacing_mm)} mm in {what}"
+            return f"{found}; at most {MAX_VOXELS} are allowed, {MAX_SIDE} along an axis"
+    if pointer_bytes(shape, shard, chunk) > MAX_POINTER_BYTES:
+        return f"{_count(shape, chunk)} chunks of {list(spec.chunk)} voxels, more than a pointer can list; give a larger `chunk`"
+    return None
+
+
+def pointer_bytes(shape: tuple[int, ...], shard: tuple[int, ...], chunk: tuple[int, ...]) -> int:
+    """The most that the pointer of such a volume takes."""
+    num_shards = _count(shape, shard)
+    index_bytes = INDEX_ENTRY_BYTES * _count(shard, chunk) + INDEX_CRC_BYTES
+    return POINTER_BYTES + num_shards * (POINTER_SHARD_BYTES + 4 * -(-index_bytes // 3))
 
 
 def digest_of(objects: tuple[StoredObject, ...]) -> str:
@@ -116,6 +140,10 @@ def _stored(path: str, content: bytes) -> StoredObject:
 
 
 def _stored_shard(path: str, content: bytes, shard: tuple[int, ...], chunk: tuple[int, ...]) -> StoredShard:
-    num_chunks = math.prod(side // step for side, step in zip(shard, chunk, strict=True))
-    index = content[-(INDEX_ENTRY_BYTES * num_chunks + INDEX_CRC_BYTES) :]
+    index = content[-(INDEX_ENTRY_BYTES * _count(shard, chunk) + INDEX_CRC_BYTES) :]
     return StoredShard(**_stored(path, content).model_dump(), index=base64.b64encode(index).decode())
+
+
+def _count(sides: tuple[int, ...], part: tuple[int, ...]) -> int:
+    """Parts that an array takes; at its upper edges they reach beyond it."""
+    return math.prod(-(-side // step) for side, step in zip(sides, part, strict=True))

@@ -36,7 +36,8 @@ class ImageSpec(Record):
 
 
 Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Side = Annotated[int, Field(ge=1, le=4096)]
+MAX_SIDE = 4096
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Sides = tuple[Side, Side, Side]
 
 

@@ -33,6 +33,11 @@ MAX_VOXELS = 2**29
 _NO_SLICES = ("DICOMDIR", "Thumbs.db", "desktop.ini")
 _PLAIN = (syntax.ImplicitVRLittleEndian, syntax.ExplicitVRLittleEndian, syntax.ExplicitVRBigEndian)
 _JPEG_2000 = (syntax.JPEG2000Lossless, syntax.JPEG2000)
+_MULTI_FRAME = (
+    syntax.EnhancedCTImageStorage, syntax.LegacyConvertedEnhancedCTImageStorage,
+    syntax.EnhancedMRImageStorage, syntax.LegacyConvertedEnhancedMRImageStorage, syntax.EnhancedMRColorImageStorage,
+    syntax.EnhancedPETImageStorage, syntax.LegacyConvertedEnhancedPETImageStorage,
+)  # fmt: skip
 # Not the deflated one: pydicom unpacks it without a limit.
 READABLE = (*_PLAIN, syntax.RLELossless, *_JPEG_2000)
 _HEADER = [
@@ -107,10 +112,10 @@ def _files(folder: Path) -> list[Path]:
 
 def _read_header(path: Path, *, must_be_ct: bool) -> _Slice:
     try:
-        _check_syntax(path)
+        _check_kind(path)
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_HEADER))
         if int(header.get("NumberOfFrames") or 1) != 1:
-            raise ImageError("multi-frame DICOM", "expected one slice a file; export the series as single frames")
+            raise _multi_frame()
         if header.get("SamplesPerPixel", 1) != 1 or header.get("PhotometricInterpretation") != "MONOCHROME2":
             raise ImageError("unknown format", "expected grey values (MONOCHROME2)")
         if must_be_ct and header.get("Modality") != "CT":
@@ -134,12 +139,19 @@ def _read_header(path: Path, *, must_be_ct: bool) -> _Slice:
     return found
 
 
-def _check_syntax(path: Path) -> None:
+def _check_kind(path: Path) -> None:
     meta = pydicom.filereader.read_file_meta_info(path)
+    # Also of a single frame: it says elsewhere where it lies.
+    if meta.get("MediaStorageSOPClassUID") in _MULTI_FRAME:
+        raise _multi_frame()
     if meta.TransferSyntaxUID not in READABLE:
         found = meta.TransferSyntaxUID.name if meta.TransferSyntaxUID.is_transfer_syntax else "an unknown one"
         expected = ", ".join(uid.name for uid in READABLE)
         raise ImageError("unknown format", f"transfer syntax {found}; readable are {expected}")
+
+
+def _multi_frame() -> ImageError:
+    return ImageError("multi-frame DICOM", "expected one slice a file; export the series as single frames, or convert it to NIfTI")
 
 
 def _check_numbers(found: _Slice) -> None:

@@ -21,7 +21,7 @@ COPY_BLOCK_BYTES = 2**20
 
 
 class LocalStore(Store):
-    """A folder. It is made when something is first written into it. Its traffic counts contents, not what is memory-mapped."""
+    """A folder. It is made when something is first written into it. Its traffic leaves out what is read by `local_path`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

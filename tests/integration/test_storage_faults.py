@@ -144,6 +144,17 @@ def test_a_slow_link_is_no_silence(store: Store, faults: FaultServer) -> None:
     assert (requests, seconds > 3 * STALL_S) == (1, True)
 
 
+def test_a_server_that_drips_is_given_up(store: Store, faults: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then is no silence, but it is no answer either; the real limit is ten minutes."""
+    monkeypatch.setattr("draf_dist.storage.s3_ranges.LONGEST_REQUEST", timedelta(seconds=2))
+    monkeypatch.setenv("DRAF_STALL_TIMEOUT_S", "1.75")  # another one: the connections of this place are not used again
+    dripped = open_store(store.url)
+    faults.slow(1_000)
+    threading.Timer(3.0, faults.clear).start()
+    found, _, _, reasons, seconds = since(dripped, lambda: dripped.read("a/x"))
+    assert (found, set(reasons), seconds < 10) == (CONTENT, {Reason.STALLED}, True)
+
+
 def test_a_server_that_takes_no_data_is_given_up(store: Store, faults: FaultServer) -> None:
     large = CONTENT * 64  # more than the buffers of the connection hold
     faults.deaf(12)

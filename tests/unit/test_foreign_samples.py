@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import webdataset
 from foreign_release import made, stored, uid
-from foreign_tars import HEIGHT, KEY, WIDTH, by_hand, members_of, name, npy, picture, sample, source, values, write
+from foreign_tars import HEIGHT, KEY, WIDTH, by_hand, card, members_of, name, npy, picture, sample, source, values, write
 
+from draf_dist.data.encode import UnfitError
 from draf_dist.data.foreign import prepare_foreign
+from draf_dist.data.foreign_words import Words
 from draf_dist.data.verify import verify
 from draf_dist.errors import DataError
 
@@ -45,12 +47,15 @@ TOO_HIGH = npy(np.full((4, 2), 251, dtype=np.float32))
         (bad("vitals.npy", TOO_HIGH), "out of range"),
         (bad("npy", npy(np.full((3, HEIGHT, WIDTH), 7, np.uint8))), "duplicate modality"),
         (bad("cls", b"2"), "unknown label"),
+        (bad("cls", b"01"), "unknown label"),
         (bad("cls", b""), "no label"),
         (without("cls"), "no label"),
         (without("json"), "no site"),
         (bad("json", b"{"), "bad json"),
         (bad("json", b"[" * 60_000), "bad json"),
         (said(hospital="n"), "no subject"),
+        (said(hospital="n", patient={"id": float("nan")}), "no subject"),
+        (said(hospital=float("inf"), patient={"id": "x"}), "no site"),
         (said(hospital="west", patient={"id": "x"}), "unknown site"),
         (said(hospital=["n"], patient={"id": "x"}), "bad json"),
         (without("jpg", "vitals.npy"), "no input"),
@@ -82,6 +87,36 @@ def test_words_mean_what_the_card_says(tmp_path: Path) -> None:
     release = prepare_foreign(source(tmp_path / "tars", **folders), str(tmp_path / "other"), subject_key=KEY)
     assert release.schema.sites == ("north",)
     assert len({row["subject"] for row in release.subjects().to_pylist()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("classes", "values", "means"),
+    [
+        (["1", "2", "3"], {}, {"1": 0, "3": 2, "0": None, "4": None, "02": None, "00": None, "2.0": None}),
+        (["none", "-1", "0.5"], {}, {"none": 0, "0.5": 2, "0": None, "2": None}),
+        (["healthy", "ill"], {"2": "ill"}, {"2": 1, "ill": 1, "1": None, "0": None}),
+        (["grade 1", "grade 2"], {"g2": "grade 2"}, {"0": 0, "1": 1, "g2": 1, "01": None, "+1": None, "2": None, "\u0661": None}),
+    ],
+)
+def test_a_number_is_an_index_only_where_no_class_is_a_number(
+    classes: list[str], values: dict[str, str], means: dict[str, int | None]
+) -> None:
+    words = Words(card(labels={"finding": {"member": "cls", "classes": classes, "values": values}}))
+    for word, expected in means.items():
+        if expected is None:
+            with pytest.raises(UnfitError, match="unknown label"):
+                words.label("", {"cls": word.encode()})
+        else:
+            assert words.label("", {"cls": word.encode()}) == expected
+
+
+def test_nothing_that_pandas_writes_for_nothing_is_a_word() -> None:
+    words = Words(card(labels={"finding": {"field": "ill", "classes": ["healthy", "ill"]}}))
+    for nothing in (b"NaN", b"null", b"Infinity", b"-Infinity", b'" "'):
+        texts = {"json": b'{"hospital": %s, "patient": {"id": %s}, "ill": %s}' % (nothing, nothing, nothing)}
+        for read, reason in ((words.site, "no site"), (words.subject, "no subject"), (words.label, "no label")):
+            with pytest.raises(UnfitError, match=reason):
+                read("", texts)
 
 
 def test_an_image_of_equal_pixels_is_no_image_and_values_that_nobody_observed_are_no_modality(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Shards that are read by ranges: the same batches, every block fetched once an epoch, nothing held that no step needs."""
 
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from batches import same
 from remote_folder import as_remote
-from sharded import order_of, sharded_release, uids
+from sharded import copied, order_of, sharded_release, tar_of, uids
 
 from draf_dist.data.loader import Loader, Reading, evaluation_batches
 from draf_dist.data.mixture import Mixture
@@ -16,7 +15,7 @@ from draf_dist.data.node_cache import NodeCache
 from draf_dist.data.order import Order
 from draf_dist.data.pipeline import reach
 from draf_dist.data.receipts import receipt
-from draf_dist.data.release import Release, open_release, tar_path
+from draf_dist.data.release import Release
 from draf_dist.data.working_set import working_set
 from draf_dist.errors import DataError, SpecError
 
@@ -139,15 +138,7 @@ def test_a_mixture_of_a_folder_and_a_bucket_is_that_of_two_folders(release: Rele
 
 @pytest.fixture
 def copy(release: Release, tmp_path: Path) -> Release:
-    """A release of one's own, to be broken."""
-    shutil.copytree(release.url, tmp_path / "copy")
-    return open_release(str(tmp_path / "copy"))
-
-
-def first_shard(release: Release) -> Path:
-    path = release.store.local_path(tar_path(release.shards("train")[0]))
-    assert path is not None
-    return path
+    return copied(release, tmp_path / "copy")
 
 
 def test_a_block_that_went_bad_in_the_cache_is_fetched_again(release: Release, reading: Reading, tmp_path: Path) -> None:
@@ -170,7 +161,7 @@ def test_a_block_that_went_bad_in_the_cache_is_fetched_again(release: Release, r
 
 @pytest.mark.parametrize(("kept", "found"), [(3000, "an end (after 3000|before)"), (None, "nothing")])
 def test_a_shard_that_is_cut_short_or_gone_is_named(copy: Release, reading: Reading, kept: int | None, found: str) -> None:
-    path = first_shard(copy)
+    path = tar_of(copy)
     content = path.read_bytes()
     path.unlink()
     if kept is not None:

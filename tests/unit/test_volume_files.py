@@ -10,9 +10,10 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from numpy.typing import NDArray
-from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
+from pydicom.uid import DeflatedExplicitVRLittleEndian, EnhancedCTImageStorage, JPEGBaseline8Bit, generate_uid
 from volume_inputs import change_dicom, phantom, write_dicom, write_nifti
 
 from draf_dist.schema.study import RawVolume
@@ -86,6 +87,24 @@ def test_an_oblique_volume_keeps_its_own_axes(tmp_path: Path) -> None:
     volume = read(write_nifti(tmp_path / "v.nii", phantom(), affine))
     assert np.array_equal(volume.voxels, as_stored(phantom()))
     assert volume.spacing_mm == pytest.approx((2.5, 0.9, 0.7), rel=1e-5)
+
+
+def sheared(degrees: float) -> NDArray[np.float64]:
+    """An affine whose slices are shifted against one another, as by a tilted gantry."""
+    affine = np.diag([*SPACING, 1.0])
+    affine[1, 2] = np.tan(np.deg2rad(degrees)) * SPACING[2]
+    return affine
+
+
+@pytest.mark.parametrize(("degrees", "angle"), [(0.1, "89.9"), (15, "75.0"), (-30, "60.0"), (50, "40.0")])
+def test_a_nifti_whose_axes_are_sheared_is_refused_like_a_tilted_series(tmp_path: Path, degrees: float, angle: str) -> None:
+    error = refused(write_nifti(tmp_path / "v.nii", phantom(), sheared(degrees)))
+    assert error.reason == "sheared axes"
+    assert f"meet at {angle} degrees" in error.detail
+
+
+def test_axes_that_are_only_rounded_are_taken_for_straight(tmp_path: Path) -> None:
+    assert np.array_equal(read(write_nifti(tmp_path / "v.nii", phantom(), sheared(0.05))).voxels, as_stored(phantom()))
 
 
 def test_scale_and_unit_of_a_nifti_count(tmp_path: Path) -> None:
@@ -223,6 +242,23 @@ def test_a_series_whose_order_would_be_a_guess_is_refused(
     assert refused(series[0].parent, HU).reason == reason
 
 
+@pytest.mark.parametrize("num_frames", [1, 9])
+def test_an_enhanced_dicom_is_told_to_be_one(series: list[Path], num_frames: int) -> None:
+    """As scanners write it: where a frame lies is said in sequences alone."""
+    data = pydicom.dcmread(series[0])
+    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = EnhancedCTImageStorage
+    data.NumberOfFrames, data.PixelData = num_frames, data.PixelData * num_frames
+    data.SharedFunctionalGroupsSequence = [pydicom.Dataset()]
+    for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
+        delattr(data, name)
+    for path in series[1:]:
+        path.unlink()
+    data.save_as(series[0])
+    error = refused(series[0].parent, HU)
+    assert error.reason == "multi-frame DICOM"
+    assert "single frames, or convert it to NIfTI" in error.detail
+
+
 @pytest.mark.parametrize("syntax", [DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit])
 def test_a_syntax_outside_the_list_is_refused_before_anything_is_unpacked(series: list[Path], syntax: str) -> None:
     data = series[1].read_bytes().replace(b"1.2.840.10008.1.2.1\0", f"{syntax}".encode().ljust(20, b"\0")[:20])
@@ -255,11 +291,18 @@ def test_no_warning_or_log_quotes_a_header(series: list[Path], caplog: pytest.Lo
     assert "CANARY" not in caplog.text
 
 
-def test_a_path_out_of_the_raw_folder_and_other_files_are_refused(tmp_path: Path) -> None:
+def test_a_path_out_of_the_raw_folder_or_to_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     write_nifti(tmp_path / "v.nii", phantom(), np.eye(4))
-    (tmp_path / "raw/v.nrrd").write_bytes(b"NRRD0004")
-    for name, reason in [("../v.nii", "bad path"), ("none.nii", "missing image"), ("v.nrrd", "unknown format")]:
+    for name, reason in [("../v.nii", "bad path"), ("none.nii", "missing image")]:
         with pytest.raises(ImageError) as error:
             load_volume(tmp_path / "raw", name, CARD)
         assert error.value.reason == reason
+
+
+@pytest.mark.parametrize("name", ["CANARY.nrrd", "CANARY.mha", "CANARY.dcm"])
+def test_other_formats_are_refused_with_what_to_do(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"NRRD0004")
+    error = refused(tmp_path / name)
+    assert error.reason == "unknown format"
+    assert "expected a .nii or .nii.gz file, or a folder with the DICOM files of one series; convert NRRD" in error.detail

@@ -103,6 +103,11 @@ def test_what_needs_no_change_gets_none() -> None:
         (np.zeros((2, 4, 4, 4), np.int16), {}, "bad shape"),
         (np.zeros((4, 4, 4), np.int16), {}, "bad shape"),
         (np.zeros((1, 400, 400, 400), np.int16), {"spacing_mm": (0.01, 0.01, 0.01)}, "volume too large"),
+        (np.zeros((1, 4, 4, 4), np.int16), {"shape": (96, 96, 96), "chunk": (2, 2, 2)}, "volume too large"),
+        (np.zeros((1, 4, 4, 4), np.int16), {"shape": (4096, 4096, 4096)}, "volume too large"),
+        (np.zeros((1, 4, 4, 4), np.int16), {"chunk": (4096, 4096, 4096)}, "volume too large"),
+        (np.zeros((1, 4, 4, 4), np.int16), {"shape": (4, 4, 4096), "chunk": (4, 4, 60)}, "volume too large"),
+        (np.zeros((1, 4, 4, 5000), np.int16), {}, "volume too large"),
     ],
 )
 def test_a_volume_that_can_not_be_stored_is_told(voxels: np.ndarray, changes: dict[str, object], reason: str) -> None:

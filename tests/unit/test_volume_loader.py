@@ -1,6 +1,5 @@
 """Volumes in batches: patches where the rule says, the same from a folder and a bucket, damage told like that of any member."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 from batches import same
 from remote_folder import as_remote
+from sharded import copied
 from volume_export import export, write_export
 
 from draf_dist.data.bad_data import BadData
@@ -15,7 +15,7 @@ from draf_dist.data.loader import Loader, Reading, evaluation_batches
 from draf_dist.data.node_cache import NodeCache
 from draf_dist.data.order import Order
 from draf_dist.data.prepare import prepare
-from draf_dist.data.release import Release, open_release
+from draf_dist.data.release import Release
 from draf_dist.data.volumes import centre_start, open_pointer, random_start, read_patch
 from draf_dist.errors import DataError
 from draf_dist.schema.batch import Batch
@@ -103,8 +103,7 @@ def test_a_bucket_gives_what_a_folder_gives_on_any_number_of_ranks(release: Rele
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_damaged_volume_ends_the_run_or_is_an_absent_modality(release: Release, tmp_path: Path, remote: bool) -> None:
-    shutil.copytree(release.url, tmp_path / "copy")
-    copy = open_release(str(tmp_path / "copy"))
+    copy = copied(release, tmp_path / "copy")
     spec = release.schema.modalities[0]
     assert isinstance(spec, VolumeSpec)
     uid, pointer = next(iter(ct_pointers(copy).items()))

@@ -169,6 +169,12 @@ def test_a_volume_that_can_not_be_used_is_quarantined_without_a_name(raw: Path, 
     assert not any(word in str(rejections) for word in ("CANARY", "ct3", "P3"))
 
 
+def test_a_volume_whose_pointer_no_reader_would_open_gets_into_no_release(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="volume too large 7"):
+        prepare(export(raw, mr={"shape": [96, 96, 96], "chunk": [2, 2, 2]}), str(tmp_path / "out"), subject_key=KEY)
+    assert not (tmp_path / "out/HEAD.json").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

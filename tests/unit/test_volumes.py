@@ -26,7 +26,14 @@ from draf_dist.data.volumes import (
     read_whole,
 )
 from draf_dist.data.volumes_check import check_volume
-from draf_dist.data.volumes_write import encode_volume, sums
+from draf_dist.data.volumes_write import (
+    POINTER_BYTES,
+    POINTER_SHARD_BYTES,
+    encode_volume,
+    pointer_bytes,
+    size_problem,
+    sums,
+)
 from draf_dist.errors import DataError
 from draf_dist.schema.modality import VolumeSpec
 from draf_dist.schema.volume import VolumePointer
@@ -71,6 +78,27 @@ def test_the_same_volume_has_the_same_name_and_bytes(pointer: VolumePointer) -> 
     assert again == pointer
     assert {stored.size_bytes for stored in pointer.objects} == {len(data) for data in objects.values()}
     assert encode_volume(noise(seed=1), SPEC)[0].digest != pointer.digest
+
+
+@pytest.mark.parametrize("shard_bytes", [2**27, 2000])
+def test_no_pointer_takes_more_than_was_foreseen(monkeypatch: pytest.MonkeyPatch, shard_bytes: int) -> None:
+    monkeypatch.setattr(volumes_write, "SHARD_BYTES", shard_bytes)
+    # Numbers that take many digits.
+    changes = {"spacing_mm": (1.2345678901234567e-05,) * 3, "dtype": "float16", "chunk": (4, 6, 5), "unit": "", "patch": (8, 8, 8)}
+    voxels, spec = np.full((2, 80, 17, 19), -65504, np.float16), FREE.model_copy(update=changes)
+    voxels[0, 0, 0, 0] = 1
+    pointer, _ = encode_volume(voxels, spec)
+    spare = pointer_bytes(pointer.shape, pointer.shard, pointer.chunk) - len(pointer.model_dump_json())
+    assert len(pointer.shards) == (1 if shard_bytes == 2**27 else 20)
+    assert 0 < spare < POINTER_BYTES + len(pointer.shards) * POINTER_SHARD_BYTES
+
+
+def test_the_largest_volume_in_the_smallest_usual_chunks_but_one_can_be_listed() -> None:
+    usual = SPEC.model_copy(update={"chunk": (32, 32, 32)})
+    assert size_problem((1, 1024, 1024, 1024), usual) is None
+    problem = size_problem((1, 1024, 1024, 1024), usual.model_copy(update={"chunk": (16, 16, 16)}))
+    assert problem is not None
+    assert "262144 chunks of [16, 16, 16] voxels" in problem
 
 
 def test_a_large_volume_lies_in_several_shards(monkeypatch: pytest.MonkeyPatch, store: Store, tmp_path: Path) -> None:
