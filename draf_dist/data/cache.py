@@ -40,6 +40,11 @@ class SharedCache(Generic[KeyT, ValueT]):
             self._fill(missing, make)
         return [future.result() for future in futures]
 
+    def has(self, key: KeyT) -> bool:
+        """Whether the value is there, so that `get` would neither make nor wait for it."""
+        with self._lock:
+            return key in self._entries and self._entries[key].done()
+
     def _fill(self, keys: Sequence[KeyT], make: Callable[[Sequence[KeyT]], Sequence[ValueT]]) -> None:
         try:
             values = dict(zip(keys, make(keys), strict=True))

@@ -52,12 +52,16 @@ class _Fresh:
 
 @dataclass
 class _Held:
-    """A block that some step from now on needs: one of those that a request brings. epoch: the latest one that wants it."""
+    """A block that some step from now on needs: one of those that a request brings. epoch: the latest one that wants it.
+
+    came: the block, once somebody has waited for it.
+    """
 
     request: Future[list[Block]]
     place: int
     last_step: int
     epoch: int
+    came: Block | None = None
 
 
 class RemoteShards:
@@ -97,6 +101,10 @@ class RemoteShards:
             UnreachableError: the store does not answer.
         """
         first, last = offset // BLOCK_BYTES, (offset + size - 1) // BLOCK_BYTES
+        held = self._held.get((shard, first))
+        if first == last and held is not None and held.came is not None:
+            # Nearly always: nothing to wait for, and no lock.
+            return held.came.read(offset - first * BLOCK_BYTES, offset + size - first * BLOCK_BYTES)
         if any((shard, block) not in self._held for block in range(first, last + 1)):
             # Its index could not be read when its step was announced, and now it could.
             return self._read_store(shard, offset, size)
@@ -124,7 +132,8 @@ class RemoteShards:
 
     def _load_indexes(self, shards: Sequence[int]) -> None:
         # All at once: one after the other they would cost a round trip each before the first block is asked for.
-        for request in [self._fetchers.submit(self._reader.index, shard) for shard in shards]:
+        missing = [shard for shard in shards if not self._reader.has_index(shard)]
+        for request in [self._fetchers.submit(self._reader.index, shard) for shard in missing]:
             # What is wrong with an index is told where its samples are read.
             with suppress(DataError):
                 request.result()
@@ -226,7 +235,8 @@ class RemoteShards:
         """What lies in the block of bytes [start, stop) of the shard."""
         held = self._held[shard, block]
         origin = block * BLOCK_BYTES
-        return held.request.result()[held.place].read(max(start - origin, 0), min(stop - origin, BLOCK_BYTES))
+        held.came = held.request.result()[held.place]
+        return held.came.read(max(start - origin, 0), min(stop - origin, BLOCK_BYTES))
 
     def _key(self, shard: int, block: int) -> BlockKey:
         return self._reader.shards[shard].sha256, block

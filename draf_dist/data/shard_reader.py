@@ -81,6 +81,10 @@ class ShardReader:
         """
         return self._indexes.get([shard], lambda _: [self._load_index(self.shards[shard])])[0]
 
+    def has_index(self, shard: int) -> bool:
+        """Whether `index` would answer at once."""
+        return self._indexes.has(shard)
+
     def uids(self, samples: IntArray) -> IntArray:
         """The uids of samples."""
         located = zip(*self.locate(samples), strict=True)
