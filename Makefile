@@ -43,6 +43,7 @@ bench: $(STAMP)
 
 chaos: $(STAMP)
 	$(BIN)/python benchmarks/chaos.py
+	$(BIN)/python benchmarks/protocols.py
 
 leak: $(STAMP)
 	$(BIN)/python benchmarks/leak.py

@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py [--rounds 5] [--steps 30] [--json FILE]
 
-DRAF on the images of the synthetic hospitals, a series and a table, 64 studies a step; the same model, objective, order and loader on
-both sides. The plain loop is what one would write by hand: forward, backward, clip_grad_norm_, AdamW, in one process. Rounds are
+DRAF on the images of the synthetic hospitals, a series and a table, 64 studies a step; the same model, objective, order and
+loader. The plain loop is what one would write by hand: forward, backward, clip_grad_norm_, AdamW, in one process. Rounds are
 interleaved and every run is a process of its own; the first steps of a run are left out. A step of ours is its median, and with it
 the share of what no step was charged with (metrics, ledger, progress). Ratios are in pairs; wanted is a ratio of at most 1.05.
 """

@@ -58,8 +58,9 @@ class Reader:
 
     def loader(self, release: Release) -> Loader:
         cache = NodeCache(self.cache, self.limit_bytes)
-        reading = Reading(prefetch=self.prefetch, bad_data=self.bad_data, cache=cache)
         order = self.order(release)
+        # Readers of one order are the ranks of one run.
+        reading = Reading(prefetch=self.prefetch, bad_data=self.bad_data, cache=cache, job=repr(order))
         return Loader(release, "train", order, rank=self.rank, world=self.world, threads=self.threads, reading=reading)
 
 

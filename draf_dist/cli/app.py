@@ -27,6 +27,8 @@ from draf_dist.cli import (
     release,
     retrain,
     run,
+    run_diff,
+    run_replay,
     schema,
     submit,
     synth,
@@ -58,7 +60,9 @@ app.command("retrain")(retrain.retrain)
 app.add_typer(models.app, name="models", help="Registered models: list, show, gate, promote, roll back, predict.")
 app.add_typer(delivery.app, name="delivery", help="Deliveries of raw files: seal, verify.")
 app.add_typer(release.app, name="release", help="Releases: verify, log.")
-app.add_typer(run.app, name="run", help="Runs: show, report, trace.")
+app.add_typer(run.app, name="run", help="Runs: show, report, trace, replay, diff.")
+run.app.command("replay")(run_replay.replay)
+run.app.command("diff")(run_diff.diff)
 
 DEBUG = "--debug"
 # What typer makes of a KeyboardInterrupt.

@@ -9,11 +9,13 @@ import typer
 from rich.table import Table
 
 from draf_dist.cli.output import JsonOption, SetOption, console, print_json, progress, table
+from draf_dist.cli.retrain import show_plan
 from draf_dist.errors import SpecError, explain
 
 if TYPE_CHECKING:
     from draf_dist.data.release import Release
     from draf_dist.training.forecast import Forecast, SourceForecast
+    from draf_dist.training.jobs import AnyJob
 
 Row = tuple[str, str, str]
 
@@ -35,26 +37,43 @@ def plan(
 ) -> None:
     """Show what a job will read: steps, rows per rank, shuffle quality, cache, requests. Reads shard indexes, no sample.
 
-    Exits 2 if the cache of this node (DRAF_CACHE_BYTES) is smaller than what the job holds open, as draf train would.
+    Of a retraining: what it trains, were it begun now. Exits 2 if the cache of this node (DRAF_CACHE_BYTES) is smaller than what
+    the job holds open, as draf train would.
     Example: draf plan jobs/finetune_synth.yaml --set release=s3://bucket/synth --set batch_size=256 --world 8
     """
     from draf_dist.data.release import open_release
     from draf_dist.training.forecast import forecast
-    from draf_dist.training.jobs import load_job
     from draf_dist.training.plan import build_plan
 
-    spec = load_job(job, overrides or ())
+    spec = _load(job, overrides or ())
+    if spec is None:
+        show_plan(None, json=json)
+        return
     release = open_release(spec.release)
     with progress() as bar:
         task = bar.add_task("reading indexes", total=None)
         found = forecast(build_plan(spec, release), world, lambda done, total: bar.update(task, completed=done, total=total))
-    room = _room(release, found.working_set_bytes)
+    room = _room(release, found.needed_bytes)
     if json:
         print_json({"job": spec.name, "release": release.pinned_url, "seed": spec.seed, "cache": asdict(room), **asdict(found)})
     else:
         _show(f"{spec.name}: {release.pinned_url}", found, room)
     if not room.fits:
         raise _too_small(found, room)
+
+
+def _load(path: Path, overrides: Sequence[str]) -> "AnyJob | None":
+    """The job in a file, or that which a retraining means at this moment; None if that has nothing to train."""
+    from draf_dist.config.spec import read_yaml
+    from draf_dist.training.jobs import load_job
+
+    if read_yaml(path).get("kind") != "retrain":
+        return load_job(path, overrides)
+    from draf_dist.continual.retrain import plan_retraining
+    from draf_dist.continual.retrain_job import load_retrain
+
+    retraining = plan_retraining(load_retrain(path, overrides))
+    return None if retraining is None else retraining.job
 
 
 def _room(release: "Release", needed_bytes: int) -> CacheRoom:
@@ -70,11 +89,11 @@ def _room(release: "Release", needed_bytes: int) -> CacheRoom:
 
 def _too_small(found: "Forecast", room: CacheRoom) -> SpecError:
     assert room.limit_bytes is not None  # what is local always fits
-    needed = found.working_set_bytes
+    needed = found.needed_bytes
     return SpecError(
         explain(
             f"cache of this node, {room.folder}",
-            expected=f"a limit of at least {size(needed)}, the working set",
+            expected=f"a limit of at least {size(needed)}, the working set of training and that of validation",
             found=size(room.limit_bytes),
             remedy=f"Set DRAF_CACHE_BYTES={needed} or more, or make open_samples, groups or batch_size of the job smaller.",
         )
@@ -114,7 +133,19 @@ def _bytes(found: "Forecast", room: CacheRoom) -> list[Row]:
         ("requests per epoch", f"{found.epoch_blocks:,}", f"at most: one for each block of {size(found.block_bytes)}"),
         ("before the first batch", size(found.first_batch_bytes), f"its blocks, for all ranks: {found.first_batch_blocks:,}"),
         ("working set", size(found.working_set_bytes), f"at most open at once; {found.ahead_steps} steps ahead included"),
+        ("of validation", size(found.validation_bytes), f"likewise, besides: {size(found.needed_bytes)} in all"),
         limit,
+        *_volumes(found),
+    ]
+
+
+def _volumes(found: "Forecast") -> list[Row]:
+    epoch, step = found.epoch_volumes, found.step_volumes
+    if not epoch.blocks:
+        return []
+    return [
+        ("volumes per epoch", size(epoch.bytes), f"at most, read past the cache; requests: {epoch.blocks:,}"),
+        ("volumes per step", size(step.bytes), f"at most, of all ranks; requests: {step.blocks:,}"),
     ]
 
 

@@ -37,11 +37,11 @@ def retrain(
     spec = load_retrain(job, overrides or ())
     where = OneProcessProfile() if profile is None else load_profile(profile)
     if dry_run:
-        _show_plan(plan_retraining(spec, out), json=json)
+        show_plan(plan_retraining(spec, out), json=json)
         return
     done = run_retraining(spec, out, where, errors)
     if done is None:
-        _show_plan(None, json=json)
+        show_plan(None, json=json)
         return
     promotes = promote and done.verdict.decision == "promote"
     if promotes:
@@ -52,7 +52,8 @@ def retrain(
     check_promotes(done.version, done.verdict)
 
 
-def _show_plan(plan: "Retraining | None", *, json: bool) -> None:
+def show_plan(plan: "Retraining | None", *, json: bool) -> None:
+    """Prints what a retraining would train; None: nothing."""
     if plan is None:
         if json:
             print_json({"run": None, "num_new": 0})

@@ -31,6 +31,7 @@ def show(run: RunArgument, json: JsonOption = False) -> None:
         return
     complete = "release unreadable" if summary.epochs_complete is None else f"{summary.epochs_complete} whole"
     planned = {None: "release unreadable", True: "as planned", False: "not as planned"}[summary.as_planned]
+    planned += f", but {summary.left_out} samples were left out" if summary.left_out else ""
     rows = [
         ("state", summary.state),
         ("release", summary.release),
@@ -39,7 +40,9 @@ def show(run: RunArgument, json: JsonOption = False) -> None:
         ("source epochs", f"{len(summary.samples)}, {complete}"),
         ("receipts", planned),
         ("checkpoints at", ", ".join(map(str, summary.checkpoints)) or "-"),
-        *_data_rows(summary.data, summary.seconds),
+        *_waiting_rows(summary.seconds),
+        *_data_rows(summary.data, ""),
+        *_data_rows(summary.validation, "validation: "),
         *((f"seconds: {kind.replace('_', ' ')}", f"{seconds:.1f}") for kind, seconds in sorted(summary.seconds.items())),
     ]
     console.print(table(f"{summary.name}: {summary.url}", ("", ""), rows))
@@ -49,16 +52,22 @@ def show(run: RunArgument, json: JsonOption = False) -> None:
     console.print(table("validation", ("epoch", "step", summary.score, ""), epochs))
 
 
-def _data_rows(data: "LoaderStats", seconds: Mapping[str, float]) -> list[tuple[str, str]]:
-    """What the loaders did, as far as there is anything to tell."""
+def _waiting_rows(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
     trained = seconds.get("data_wait", 0.0) + seconds.get("step", 0.0)
-    rows = [("waiting for data", f"{seconds.get('data_wait', 0.0) / trained:.1%} of the training time")] if trained else []
+    return [("waiting for data", f"{seconds.get('data_wait', 0.0) / trained:.1%} of the training time")] if trained else []
+
+
+def _data_rows(data: "LoaderStats", prefix: str) -> list[tuple[str, str]]:
+    """What loaders did, as far as there is anything to tell."""
+    rows = []
     if data.hit_rate is not None:
         fetched = f"{data.read_bytes / 1e6:.1f} MB in {data.requests} requests, {data.retries} of them again"
         rows += [("read from the store", fetched), ("blocks found in the cache", f"{data.hit_rate:.1%}")]
+    elif data.read_bytes:
+        rows.append(("read from the disk", f"{data.read_bytes / 1e6:.1f} MB"))
     if data.left_out:
         rows.append(("left out", f"{data.left_out} of {data.members} members (left_out/ in the run folder)"))
-    return rows
+    return [(f"{prefix}{name}", value) for name, value in rows]
 
 
 @app.command("report")

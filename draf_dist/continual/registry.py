@@ -11,18 +11,17 @@ import re
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from draf_dist.continual.history import Move, Tags, line_of_champions, moves_in, promotion, roll_back
 from draf_dist.continual.serve import check_model, model_sha256, temperature_of
 from draf_dist.continual.verdict import Verdict
 from draf_dist.continual.version import CHALLENGER, CHAMPION, ModelVersion
 from draf_dist.errors import DrafError, GateError, SpecError, UnreachableError, explain
 from draf_dist.evaluation.evaluate import open_subject
-from draf_dist.schema.modality import Record
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as Stored
@@ -33,26 +32,11 @@ DEFAULT_URL = "sqlite:///registry.db"
 ENVIRONMENT = "DRAF_REGISTRY"
 PREFIX = "sqlite:///"
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-HISTORY, VERDICT = "draf.history.", "draf.verdict."
+VERDICT = "draf.verdict."
 # MLflow takes 100,000 characters a tag; the verdict of hundreds of sites is longer.
 TAG_LENGTH = 90_000
 # Models of a registry, and versions of a model, that are listed.
 LIMIT = 1000
-
-
-class Move(Record):
-    """One entry of a model's history: who became champion after whom, when (UTC) and why.
-
-    policy, holdout: of the verdict that a promotion rests on, eight hex digits and URL@version; "" without one.
-    """
-
-    action: Literal["promote", "rollback"]
-    version: int
-    previous: int | None
-    time: str
-    reason: str
-    policy: str = ""
-    holdout: str = ""
 
 
 class Registry:
@@ -136,7 +120,7 @@ class Registry:
     def history(self, name: str) -> list[Move]:
         """Every promotion and rollback, oldest first."""
         with self._reading():
-            return _history(self._model(name))
+            return moves_in(self._model(name).tags)
 
     def record_verdict(self, name: str, version: int, verdict: Verdict) -> ModelVersion:
         """Keeps what the gate found of a version, after what it found before; the newest decides. The newest again changes nothing.
@@ -163,14 +147,17 @@ class Registry:
         Raises:
             GateError: no verdict `promote` on it against the champion of this moment, or its run folder holds another model.
         """
-        with self._reading(), self._changing():
+
+        def move() -> Move | None:
             candidate, current = self.promotable(name, version)
-            if current is not None and current.version == version:
-                return candidate
-            previous = None if current is None else current.version
-            reason = reason or ("verdict promote" if current else "first champion")
-            self._append(name, "promote", version, previous, reason, candidate.verdict if current else None)
-            if CHALLENGER in candidate.aliases:
+            if current is None:
+                return promotion(version, None, reason or "first champion", None)
+            if current.version == version:
+                return None
+            return promotion(version, current.version, reason or "verdict promote", candidate.verdict)
+
+        with self._reading(), self._changing():
+            if self._tags(name).append(move) and CHALLENGER in self.version(name, version).aliases:
                 self._client.delete_registered_model_alias(name, CHALLENGER)
             return self.version(name, version)
 
@@ -190,14 +177,19 @@ class Registry:
         Raises:
             GateError: there is no earlier champion, or its run folder holds another model.
         """
-        with self._reading(), self._changing():
+
+        def move() -> Move:
             back, current = self.rollback_target(name)
-            self._append(name, "rollback", back.version, current, reason or "asked for")
-            return self.version(name, back.version)
+            return roll_back(back.version, current, reason or "asked for")
+
+        with self._reading(), self._changing():
+            moved = self._tags(name).append(move)
+            assert moved is not None
+            return self.version(name, moved.version)
 
     def rollback_target(self, name: str) -> tuple[ModelVersion, int]:
         """The version to return to, and the number of the champion; raises as `rollback`, and changes nothing."""
-        line = _line_of_champions(self.history(name))
+        line = line_of_champions(self.history(name))
         if len(line) < 2:
             remedy = "Promote another version instead."
             found = "none" if not line else f"version {line[0]} alone"
@@ -214,23 +206,9 @@ class Registry:
         for index in reversed(range(len(parts))):
             self._client.set_model_version_tag(name, version, f"{VERDICT}{number:04d}.{index:03d}", parts[index])
 
-    def _append(
-        self,
-        name: str,
-        action: Literal["promote", "rollback"],
-        version: int,
-        previous: int | None,
-        reason: str,
-        verdict: Verdict | None = None,
-    ) -> None:
-        """The history first: if this process dies between the two, the next one mends the alias."""
-        time = datetime.now(UTC).isoformat(timespec="seconds")
-        move = Move(action=action, version=version, previous=previous, time=time, reason=reason)
-        if verdict is not None and verdict.lineage is not None:
-            move = move.model_copy(update={"policy": verdict.policy_fingerprint, "holdout": verdict.lineage.holdout})
-        key = f"{HISTORY}{len(self.history(name)):06d}"
-        self._client.set_registered_model_tag(name, key, move.model_dump_json())
-        self._client.set_registered_model_alias(name, CHAMPION, str(version))
+    def _tags(self, name: str) -> Tags:
+        set_tag, set_alias = self._client.set_registered_model_tag, self._client.set_registered_model_alias
+        return Tags(dict(self._model(name).tags), partial(set_tag, name), partial(set_alias, name))
 
     def _number_of(self, name: str, run_url: str, description: str) -> int | None:
         """The version that this model of this run is already."""
@@ -308,14 +286,10 @@ def _errors_of_a_database() -> tuple[type[Exception], ...]:
     return OSError, sqlite3.Error, SQLAlchemyError, MlflowException
 
 
-def _history(model: "RegisteredModel") -> list[Move]:
-    return [Move.model_validate_json(model.tags[key]) for key in sorted(model.tags) if key.startswith(HISTORY)]
-
-
 def _version(stored: "Stored", model: "RegisteredModel") -> ModelVersion:
     number, tags = int(stored.version), stored.tags
     *earlier, verdict = _verdicts(tags) or [None]
-    aliases = [CHAMPION] if _line_of_champions(_history(model))[-1:] == [number] else []
+    aliases = [CHAMPION] if line_of_champions(moves_in(model.tags))[-1:] == [number] else []
     aliases += [CHALLENGER] if model.aliases.get(CHALLENGER) in (number, str(number)) else []
     return ModelVersion(
         name=stored.name,
@@ -341,17 +315,6 @@ def _verdicts(tags: Mapping[str, str]) -> list[Verdict | None]:
 
 def _grouped(keys: list[str]) -> list[list[str]]:
     return [list(group) for _, group in groupby(keys, key=lambda key: key.rpartition(".")[0])]
-
-
-def _line_of_champions(history: list[Move]) -> list[int]:
-    """Whoever is champion last, after those that a rollback would return to."""
-    line: list[int] = []
-    for move in history:
-        if move.action == "promote":
-            line.append(move.version)
-        else:
-            line.pop()
-    return line
 
 
 def _check_verdict(candidate: ModelVersion, current: ModelVersion | None) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from draf_dist.continual.version import ModelVersion
-from draf_dist.data.loader import evaluation_batches
+from draf_dist.data.bad_data import STRICT, BadData
+from draf_dist.data.loader import EVALUATION_PREFETCH, Reading, SplitLoader
 from draf_dist.data.normalise import Normaliser
 from draf_dist.data.release import Release, open_release
 from draf_dist.errors import GateError, SpecError, explain
@@ -87,8 +88,8 @@ def _check_same(version: ModelVersion, what: str, registered: str, found: str) -
         raise GateError(explain(where, expected=expected, found=f"{found[:12]} in its run folder", remedy=remedy))
 
 
-def predict_split(exported: ExportedModel, release: Release, split: Split, noise: Noise) -> Predictions:
-    """Unscaled predictions of every study of a split, each once.
+def predict_split(exported: ExportedModel, release: Release, split: Split, noise: Noise, bad_data: BadData = STRICT) -> Predictions:
+    """Unscaled predictions of every study of a split, each once, but for what `bad_data` lets be left out.
 
     Raises:
         SpecError: the split holds no study.
@@ -100,14 +101,15 @@ def predict_split(exported: ExportedModel, release: Release, split: Split, noise
         raise SpecError(explain(release.pinned_url, expected=f"studies in the {split} split", found="none", remedy=remedy))
     predictor = Predictor(exported.model, release.schema, noise.passes, noise.seed)
     normaliser = Normaliser(release.schema, exported.stats)
-    found = predictor.predict(map(normaliser, evaluation_batches(release, split, noise.batch_size)), split=split)
-    check_coverage(found, receipt)
+    loader = SplitLoader(release, split, noise.batch_size, reading=Reading(prefetch=EVALUATION_PREFETCH, bad_data=bad_data))
+    found = predictor.predict(map(normaliser, loader.studies()), split=split)
+    check_coverage(found, receipt, loader.stats().lost_samples)
     return found
 
 
 def temperature_of(subject: Subject, noise: Noise = SERVED) -> Temperature:
-    """The temperature fitted on the validation split of the release that a run was trained on."""
-    known = predict_split(subject.exported, subject.trained_on, "val", noise).labelled()
+    """The temperature fitted on the validation split of the release that a run was trained on, without what the run left out."""
+    known = predict_split(subject.exported, subject.trained_on, "val", noise, subject.job.bad_data).labelled()
     return fit_temperature(known.probability.astype(np.float64), known.target)
 
 

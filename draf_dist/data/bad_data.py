@@ -1,7 +1,8 @@
 """What happens to a member that can't be used: the run ends (the default), or it is left out, counted and told.
 
 Left out is that member alone: an image that does not decode is an absent image; a sample of which nothing is left, or whose json is
-gone, is a row of padding. What is left out depends on the data alone, so it is the same on any rank and in any attempt.
+gone, is a row of padding. What is left out depends on the data alone, so it is the same on any rank and in any attempt. The limit
+is asked of what one desk has seen: one rank in one attempt, or one pass over a split.
 """
 
 import threading
@@ -23,34 +24,50 @@ FIRST_MEMBERS = 1000
 class BadData(Spec):
     """policy: `fail` or `quarantine`. limit: the share of the members read that may be left out before the run ends after all.
 
-    The first thousand members count as a thousand, however few were read yet.
+    It counts for every rank and attempt by itself, and for every pass over the validation split. The first thousand members count
+    as a thousand, however few were read yet.
     """
 
     policy: Policy = "fail"
     limit: float = Field(0.01, gt=0, lt=1)
 
 
+# What is asked for where nothing is said.
+STRICT = BadData()
+
+
 @dataclass(frozen=True)
 class LeftOut:
-    """One member (or a whole sample) that was left out: at which step, where it lies and what is wrong with it."""
+    """One member (or a whole sample) that was left out: at which step first, where it lies and what is wrong with it."""
 
     step: int
     message: str
 
 
 class BadDataDesk:
-    """Decides and counts for one loader; safe to ask from several threads."""
+    """Decides and counts for one loader; safe to ask from several threads.
+
+    num_read, num_left_out: members. num_lost: samples of which nothing was left. local_bytes: read from shards on a disk.
+    """
 
     def __init__(self, rule: BadData, where: str) -> None:
         self._rule, self._where = rule, where
         self._lock = threading.Lock()
-        self.num_read = self.num_left_out = 0
-        self.listed: list[LeftOut] = []
+        self.num_read = self.num_left_out = self.num_lost = self.local_bytes = 0
+        self._listed: dict[str, LeftOut] = {}
 
-    def read(self, num: int) -> None:
-        """Counts members that were asked for."""
+    @property
+    def listed(self) -> list[LeftOut]:
+        """The first that were left out, each once, however often it was asked for."""
+        with self._lock:
+            return list(self._listed.values())
+
+    def read(self, num: int, num_lost: int, local_bytes: int) -> None:
+        """Counts a chunk: members that were asked for, samples that were lost, bytes that came from a disk."""
         with self._lock:
             self.num_read += num
+            self.num_lost += num_lost
+            self.local_bytes += local_bytes
 
     def leave_out(self, step: int, error: DataError) -> None:
         """Says that a member is to be left out; returns if it may be.
@@ -62,8 +79,8 @@ class BadDataDesk:
             raise error
         with self._lock:
             self.num_left_out += 1
-            if len(self.listed) < LISTED:
-                self.listed.append(LeftOut(step, str(error)))
+            if len(self._listed) < LISTED:
+                self._listed.setdefault(str(error), LeftOut(step, str(error)))
             too_many = self.num_left_out > self._rule.limit * max(self.num_read, FIRST_MEMBERS)
         if too_many:
             raise self._too_many(error)

@@ -85,8 +85,8 @@ class Filler:
 
     def sources(self, members: Sequence[Members]) -> list[Source]:
         """What `fill` and `patches` read with, given where the bytes of each release come from."""
-        pairs = zip(self.readers, members, strict=True)
-        return [Source(reader, one, self._partners, self._patch_rule) for reader, one in pairs]
+        found = zip(self.readers, members, self.local, strict=True)
+        return [Source(reader, one, self._partners, self._patch_rule, local is not None) for reader, one, local in found]
 
     def patches(self, rows: Rows, chunk: range, sources: Sequence[Source]) -> Patches:
         """Fetches the patches of a chunk's volumes, for `fill`; what is wrong with one is told there.
@@ -113,7 +113,7 @@ class Filler:
         """
         filling = _Filling(self._desk, frame, rows.step, patches)
         num_read = sum(filling.fill(row, sample) for row, sample in self._samples(rows, chunk, sources))
-        self._desk.read(num_read)
+        self._desk.read(num_read, filling.num_lost, filling.local_bytes)
         if self._hook is not None:
             here = slice(chunk.start, chunk.stop)
             levels = self._hook.levels(torch.from_numpy(frame.uid[here]), torch.from_numpy(frame.epoch[here]))
@@ -132,9 +132,13 @@ class Filler:
 
 
 class _Filling:
-    """Samples on their way into the rows of a frame. What is left out leaves its row, or the part of it, empty."""
+    """Samples on their way into the rows of a frame. What is left out leaves its row, or the part of it, empty.
+
+    num_lost: rows of which nothing could be used. local_bytes: read from shards on a disk.
+    """
 
     def __init__(self, desk: BadDataDesk, frame: Frame, step: int, patches: Patches) -> None:
+        self.num_lost = self.local_bytes = 0
         self._desk, self._frame, self._step, self._patches = desk, frame, step, patches
         self._columns = range(len(frame.schema.modalities))
 
@@ -146,12 +150,16 @@ class _Filling:
             self._describe(row, sample)
         except DataError as error:
             self._desk.leave_out(self._step, error)
-            self._frame.drop(row)
+            self._lose(row)
             return 1
         present = [self._modality(row, sample, column) for column in self._columns]
         if True not in present:
-            self._frame.drop(row)
+            self._lose(row)
         return 1 + len(present) - present.count(None)
+
+    def _lose(self, row: int) -> None:
+        self.num_lost += 1
+        self._frame.drop(row)
 
     def _describe(self, row: int, sample: Sample) -> None:
         found, frame = sample.found, self._frame
@@ -161,6 +169,8 @@ class _Filling:
             return
         column = len(frame.schema.modalities)
         content = sample.read(found, column)
+        if sample.source.is_local:
+            self.local_bytes += len(content)
         meta = sample.decoded(found, column, lambda: decode_study(content))
         if meta.uid != sample.uid:
             raise sample.another_uid()
@@ -179,7 +189,8 @@ class _Filling:
         except DataError as error:
             self._desk.leave_out(self._step, error)
             frame.clear(row, column)
-            frame.present[row, column] = False
+            frame.present[row, column] = frame.quality_known[row, column] = False
+            frame.quality[row, column] = 0.0
             return False
         frame.present[row, column] = True
         if is_swapped:
@@ -192,9 +203,13 @@ class _Filling:
         if isinstance(spec, VolumeSpec):
             patch = self._patches.get((row, column)) or sample.patch(column)
             assert patch is not None  # there is a pointer, or _modality had returned
+            if sample.source.is_local:
+                self.local_bytes += patch.size_bytes
             sample.decoded(found, column, lambda: patch.decode(frame.volumes[spec.name][row]))
             return
         content = sample.read(found, column)
+        if sample.source.is_local:
+            self.local_bytes += len(content)
         if isinstance(spec, ImageSpec):
             sample.decoded(found, column, lambda: decode_image(content, frame.images[spec.name][row]))
             return
@@ -207,6 +222,7 @@ class _Filling:
 def _change(hook: DecodeHook, frame: Frame, chunk: range, name: str, indices: NDArray[np.int64]) -> None:
     column = frame.schema.names.index(name)
     for row, index in zip(chunk, indices.tolist(), strict=True):
-        if index > 0 and frame.present[row, column]:
+        # Padding has its first modality present, and nothing in it.
+        if index > 0 and frame.present[row, column] and frame.uid[row] >= 0:
             frame.images[name][row] = hook.change(frame.images[name][row], index)
             frame.severity[row, column] = hook.severity(index)

@@ -6,17 +6,20 @@ and batches leave in order, so an error surfaces at its own step, after every go
 """
 
 import hashlib
+import os
+import secrets
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import count, islice, takewhile
 
 import numpy as np
+from torch import Tensor
 
 from draf_dist.data.arena import Arena
-from draf_dist.data.bad_data import BadData, BadDataDesk, LeftOut
+from draf_dist.data.bad_data import LISTED, STRICT, BadData, BadDataDesk, LeftOut
 from draf_dist.data.filler import DecodeHook, Filler, Rows
-from draf_dist.data.loader_stats import LoaderStats, of_cache, of_stores
+from draf_dist.data.loader_stats import LoaderStats, of_cache, of_desk, of_stores
 from draf_dist.data.local_shards import is_local
 from draf_dist.data.node_cache import Lease, NodeCache, default_cache
 from draf_dist.data.order import Plan, rank_entries
@@ -32,6 +35,8 @@ from draf_dist.schema.batch import Batch
 from draf_dist.schema.release import Split
 from draf_dist.storage import Store
 
+EVALUATION_PREFETCH = 2
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -39,7 +44,9 @@ class Reading:
 
     prefetch: batches that are being made beyond the one that is handed out; with it memory is bounded. cache: where blocks of
     remote shards are kept; None for that of the environment. pinned: batches in page-locked memory, for a GPU. patch_seed: with the
-    epoch and the uid it decides where patches of volumes lie.
+    epoch and the uid it decides where patches of volumes lie. job: a name that all processes of a run give, and no other run:
+    those on one node then count as one to the cache; None: each pass counts by itself. beside_bytes: what other passes of that
+    job hold in the cache beside this one.
     """
 
     prefetch: int = 4
@@ -47,6 +54,8 @@ class Reading:
     cache: NodeCache | None = None
     pinned: bool = False
     patch_seed: int = 0
+    job: str | None = None
+    beside_bytes: int = 0
 
 
 class Loader:
@@ -76,11 +85,11 @@ class Loader:
         self.plan, self.rank, self.world = plan, rank, world
         self._threads, self._reading = threads, reading
         self._desk = BadDataDesk(reading.bad_data, " and ".join(release.pinned_url for release in self.releases))
-        readers = [ShardReader(release, split) for release in self.releases]
+        readers = [ShardReader(release.apart(split), split) for release in self.releases]
         self._filler = Filler(readers, decode, self._desk, patch_rule=PatchRule(reading.patch_seed))
         self._arena = Arena(pinned=reading.pinned)
         self._stores = _stores(self._filler.readers)
-        self._earlier = LoaderStats() - of_stores(self._stores)
+        self._earlier = LoaderStats()
         self._lease: Lease | None = None
 
     @property
@@ -95,10 +104,9 @@ class Loader:
         return list(self._desk.listed)
 
     def stats(self) -> LoaderStats:
-        """Of all passes so far; the stores count what else is asked of them too."""
+        """Of all passes so far, of this loader alone."""
         lease = LoaderStats() if self._lease is None else of_cache(self._lease.stats)
-        decoded = LoaderStats(members=self._desk.num_read, left_out=self._desk.num_left_out)
-        return self._earlier + of_stores(self._stores) + lease + decoded
+        return self._earlier + of_stores(self._stores) + lease + of_desk(self._desk)
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Generator[tuple[int, Batch], None, None]:
         """(step, batch) for steps [start_step, stop_step), endless without a stop. Images are uint8, values in stored units.
@@ -129,61 +137,127 @@ class Loader:
         return Rows(step, self.num_rows, draws.source[mine], draws.epoch[mine], draws.sample[mine])
 
 
+class SplitLoader:
+    """Every sample of a split once a pass, in the order they are stored, epoch 0; the last batch is short.
+
+    Of several ranks each gets its cut of every batch, the last one padded: all have the same number of batches, none is empty.
+    partners: modality -> for every sample of the split the sample whose modality it gets (its own number: no change); what is
+    exchanged so is flagged as corrupted with severity 1. The limit of `reading.bad_data` is asked of every pass by itself.
+    """
+
+    def __init__(
+        self,
+        release: Release,
+        split: Split,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        threads: int = 2,
+        partners: Mapping[str, IntArray] | None = None,
+        reading: Reading = Reading(prefetch=EVALUATION_PREFETCH),
+    ) -> None:
+        self._reader = ShardReader(release.apart(split), split)
+        self._batch_size, self._rank, self._world = batch_size, rank, world
+        self._threads, self._partners, self._reading = threads, partners, reading
+        self._stores = _stores([self._reader])
+        self._earlier = LoaderStats()
+        self._left_out: dict[str, LeftOut] = {}
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """The first members that were left out, each once, however many passes there were; step: the batch of the pass."""
+        return list(self._left_out.values())
+
+    def stats(self) -> LoaderStats:
+        """Of all passes that have ended, of this loader alone."""
+        return self._earlier + of_stores(self._stores)
+
+    def batches(self) -> Iterator[Batch]:
+        """One pass. Raises as `Loader.batches`."""
+        desk = BadDataDesk(self._reading.bad_data, self._reader.release.pinned_url)
+        filler = Filler([self._reader], None, desk, self._partners)
+        plan = Sequential(tuple(shard.num_samples for shard in self._reader.shards), self._batch_size)
+        with ExitStack() as stack:
+            lease = _lease([self._reader], plan, self._reading, stack)
+            stack.callback(self._count, desk, lease)
+            workshop = Workshop(filler, plan, Arena(), self._threads, self._reading.prefetch, lease)
+            for _, batch in stack.enter_context(closing(in_order(self._rows(), workshop))):
+                yield batch
+
+    def studies(self) -> Iterator[Batch]:
+        """One pass without padding: what was left out is not there, and the batch that much shorter."""
+        for batch in self.batches():
+            real = batch.weight > 0
+            if real.any():
+                yield batch if real.all() else _rows_of(batch, real)
+
+    def _rows(self) -> Iterator[Rows]:
+        samples = np.arange(self._reader.num_samples, dtype=np.int64)
+        zeros = np.zeros(min(self._batch_size, len(samples)), dtype=np.int64)
+        whole = rank_entries(self._batch_size, self._batch_size, self._rank, self._world)
+        for step, start in enumerate(range(0, len(samples), self._batch_size)):
+            part = samples[start : start + self._batch_size]
+            part = part[rank_entries(len(part), self._batch_size, self._rank, self._world)]
+            num_rows = len(part) if self._world == 1 else whole.stop - whole.start
+            yield Rows(step, num_rows, zeros[: len(part)], zeros[: len(part)], part)
+
+    def _count(self, desk: BadDataDesk, lease: Lease | None) -> None:
+        cached = LoaderStats() if lease is None else of_cache(lease.stats)
+        self._earlier += of_desk(desk) + cached
+        fresh = {one.message: one for one in desk.listed}
+        self._left_out = dict(islice((self._left_out | fresh).items(), LISTED))
+
+
+def _rows_of(batch: Batch, chosen: Tensor) -> Batch:
+    return batch.map(lambda tensor: tensor[chosen])
+
+
 def evaluation_batches(
     release: Release,
     split: Split,
     batch_size: int,
     *,
-    rank: int = 0,
-    world: int = 1,
-    threads: int = 2,
     partners: Mapping[str, IntArray] | None = None,
+    bad_data: BadData = STRICT,
 ) -> Iterator[Batch]:
-    """Every sample of a split once, in the order they are stored, epoch 0; the last batch is short.
+    """The studies of one pass of a SplitLoader; raises as that does."""
+    reading = Reading(prefetch=EVALUATION_PREFETCH, bad_data=bad_data)
+    return SplitLoader(release, split, batch_size, partners=partners, reading=reading).studies()
 
-    Of several ranks each gets its cut of every batch, the last one padded: all have the same number of batches, none is empty.
-    partners: modality -> for every sample of the split the sample whose modality it gets (its own number: no change); what is
-    exchanged so is flagged as corrupted with severity 1. Raises as `Loader.batches`.
-    """
-    reader, reading = ShardReader(release, split), Reading(prefetch=2)
-    samples = np.arange(reader.num_samples, dtype=np.int64)
-    zeros = np.zeros(min(batch_size, len(samples)), dtype=np.int64)
-    parts = (samples[start : start + batch_size] for start in range(0, len(samples), batch_size))
-    whole = rank_entries(batch_size, batch_size, rank, world)
-    cuts = (part[rank_entries(len(part), batch_size, rank, world)] for part in parts)
-    rows = (
-        Rows(step, len(part) if world == 1 else whole.stop - whole.start, zeros[: len(part)], zeros[: len(part)], part)
-        for step, part in enumerate(cuts)
-    )
+
+def evaluation_bytes(release: Release, split: Split, batch_size: int) -> int:
+    """What one pass over a split holds in the cache of the node at once, at most; 0 where nothing is fetched."""
+    reader = ShardReader(release, split)
     plan = Sequential(tuple(shard.num_samples for shard in reader.shards), batch_size)
-    filler = Filler([reader], None, BadDataDesk(reading.bad_data, release.pinned_url), partners)
-    with ExitStack() as stack:
-        lease = _lease([reader], plan, reading, stack)
-        workshop = Workshop(filler, plan, Arena(), threads, reading.prefetch, lease)
-        for _, batch in stack.enter_context(closing(in_order(rows, workshop))):
-            yield batch
+    return 0 if is_local(reader) else _open_bytes([reader], plan, EVALUATION_PREFETCH)
+
+
+def _open_bytes(readers: Sequence[ShardReader], plan: Plan | Sequential, prefetch: int) -> int:
+    shard_bytes = [[shard.size_bytes for shard in reader.shards] for reader in readers]
+    if isinstance(plan, Sequential):
+        return plan.open_bytes(shard_bytes[0], block_bytes=BLOCK_BYTES, ahead_steps=reach(prefetch))
+    return working_set(plan, shard_bytes, block_bytes=BLOCK_BYTES, ahead_steps=reach(prefetch))
 
 
 def _lease(readers: Sequence[ShardReader], plan: Plan | Sequential, reading: Reading, stack: ExitStack) -> Lease | None:
     """A place in the cache of the node, if anything has to be fetched."""
     if all(is_local(reader) for reader in readers):
         return None
-    shard_bytes = [[shard.size_bytes for shard in reader.shards] for reader in readers]
-    ahead = reach(reading.prefetch)
-    if isinstance(plan, Sequential):
-        needed = plan.open_bytes(shard_bytes[0], block_bytes=BLOCK_BYTES, ahead_steps=ahead)
-    else:
-        needed = working_set(plan, shard_bytes, block_bytes=BLOCK_BYTES, ahead_steps=ahead)
+    needed = _open_bytes(readers, plan, reading.prefetch)
     cache = reading.cache or default_cache()
-    # What names a job to the cache: its ranks on one node share their blocks and wait for each other before any is dropped.
+    # Who has no name may be a rank of a job or a job: taken for a rank, two jobs would hold twice what was promised.
+    job = reading.job or f"process {os.getpid()}, {secrets.token_hex(4)}"
+    # Those at the same pass of a job wait for each other before any block is dropped, as their steps are the same.
     names = [*(shard.sha256 for reader in readers for shard in reader.shards), repr(plan)]
-    return stack.enter_context(closing(cache.lease(hashlib.sha256("\n".join(names).encode()).hexdigest()[:32], needed)))
+    part = hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
+    return stack.enter_context(closing(cache.lease(job, needed + reading.beside_bytes, part)))
 
 
 def _stores(readers: Sequence[ShardReader]) -> list[Store]:
-    """The stores that shards are read from."""
-    locations = (reader.release.tar_location(shard) for reader in readers for shard in reader.shards)
-    return list({id(store): store for store, _ in locations}.values())
+    """The stores that shards, indexes and volumes are read from."""
+    locations = [reader.release.tar_location(shard)[0] for reader in readers for shard in reader.shards]
+    return list({id(store): store for store in (*locations, *(reader.release.store for reader in readers))}.values())
 
 
 def _check_schemas(releases: Sequence[Release]) -> None:

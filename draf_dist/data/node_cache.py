@@ -46,26 +46,30 @@ class NodeCache:
         with explained(self.folder):
             return self._index.run(entries.total_bytes)
 
-    def lease(self, job: str, needed_bytes: int) -> Lease:
-        """What a process must have to read. Processes of one job share needed_bytes; those of different jobs add up.
+    def lease(self, job: str, needed_bytes: int, part: str = "") -> Lease:
+        """What a process must have to read. Processes and passes of one job share needed_bytes; those of different jobs add up.
+
+        job: a name that no other job has. part: the pass of the job, whose steps are counted together.
 
         Raises:
             SpecError: the limit is less than the live jobs and this one need together.
+            UnreachableError: the disk does not answer, or another process has locked the folder and does not go on.
         """
+        mine = LiveLease(job, needed_bytes, part)
 
         def enter(connection: entries.Connection) -> Hold:
             live = self._files.live_leases()
             if not live:
                 entries.check(connection, self._files)
             self._check_limit(job, needed_bytes, live)
-            if all(lease.job != job for lease in live):
-                entries.begin_job(connection, job)
+            if all(lease.name != mine.name for lease in live):
+                entries.begin_job(connection, mine.name, live)
             entries.make_room(connection, self._files, self.limit_bytes)
-            return self._files.new_lease(job, needed_bytes)
+            return self._files.new_lease(mine)
 
         with explained(self.folder):
             hold, _ = self._index.run_with_room(enter)
-        return Lease(self._files, self._index, self.limit_bytes, LiveLease(job, needed_bytes), hold)
+        return Lease(self._files, self._index, self.limit_bytes, mine, hold)
 
     def _check_limit(self, job: str, needed_bytes: int, live: Sequence[LiveLease]) -> None:
         needed = {job: needed_bytes}

@@ -1,7 +1,7 @@
 """What the index of a node cache can be told and asked, within one transaction of it: rows, and the files that they are about."""
 
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
 
@@ -42,12 +42,12 @@ COMMIT;
 
 @dataclass(frozen=True)
 class Claim:
-    """What came of asking: blocks that are there, those to be made by the asker (under a hold), fetches to wait for."""
+    """What came of asking: blocks that are there, those to be made by the asker (under a hold), others with who fetches them."""
 
     found: dict[BlockKey, Block] = field(default_factory=dict)
     mine: list[BlockKey] = field(default_factory=list)
     hold: Hold | None = None
-    awaited: set[str] = field(default_factory=set)
+    awaited: dict[BlockKey, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ def claim(connection: Connection, folder: CacheFolder, job: str, until: Mapping[
     """Writes down that a job needs blocks, opens those that are there, and takes it upon the asker to make those nobody makes."""
     asker, found = _job_id(connection, job), {}
     mine: dict[BlockKey, int] = {}
-    awaited: set[str] = set()
+    awaited: dict[BlockKey, str] = {}
     dead: set[str] = set()
     for key, step in until.items():
         known = connection.execute("SELECT id, size, maker FROM block WHERE content = ? AND number = ?", key).fetchone()
         if known and known[2] is None and (block := _opened(connection, folder, key, known[:2])):
             found[key] = block
         elif known and known[2] is not None and known[2] not in dead and folder.is_fetching(known[2]):
-            awaited.add(known[2])
+            awaited[key] = known[2]
         else:
             dead.update({known[2]} - {None} if known else ())
             mine[key] = step
@@ -165,10 +165,14 @@ def clear_dead_fetches(connection: Connection, folder: CacheFolder) -> None:
             folder.clear_fetch(fetch)
 
 
-def begin_job(connection: Connection, job: str) -> None:
-    """What an earlier attempt of a job has needed counts no more: the next one, maybe from an earlier step, says it anew."""
+def begin_job(connection: Connection, job: str, live: Sequence[LiveLease]) -> None:
+    """What an earlier attempt of a job has needed counts no more: the next one, maybe from an earlier step, says it anew.
+
+    Nor does what others have needed who are not alive: most of them never come back.
+    """
     number = _job_id(connection, job)
-    connection.execute("DELETE FROM need WHERE job = ?", (number,))
+    alive = sorted({_job_id(connection, lease.name) for lease in live})
+    connection.execute(f"DELETE FROM need WHERE job NOT IN ({', '.join('?' * len(alive))})", alive)
     connection.execute("UPDATE block SET job = ? WHERE job = ?", (_NOBODY, number))
     gone = "DELETE FROM job WHERE id NOT IN (?, ?) AND id NOT IN (SELECT job FROM block) AND id NOT IN (SELECT job FROM need)"
     connection.execute(gone, (_NOBODY, number))
@@ -219,7 +223,7 @@ def _reached(connection: Connection, leases: list[LiveLease]) -> dict[int, int]:
     """Live jobs and the step that the slowest of their processes has reached."""
     reached: dict[int, int] = {}
     for lease in leases:
-        job = _job_id(connection, lease.job)
+        job = _job_id(connection, lease.name)
         reached[job] = min(lease.step, reached.get(job, lease.step))
     return reached
 

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import stat
 import struct
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ BlockKey = tuple[str, int]
 BLOCKS, LEASES, UNFINISHED, INDEX = "blocks", "leases", "unfinished", "index.sqlite"
 # The step of a process that has not said yet how far it is: it may need everything.
 NOT_BEGUN = -(2**62)
+# How long a lock of another process is waited for. A fetch that runs ends within the time for which a store is asked again
+# (storage.retry.RETRY_FOR_S, 120 s), mostly within a second, and a transaction within milliseconds: whoever takes half that time
+# is stopped, or meets a store that does not answer, and waiting longer helps in neither case.
+PATIENCE_S = 60.0
 _CONTENT_ID = re.compile(r"[0-9a-f]{64}")
 _BLOCK_NAME = re.compile(r"([0-9a-f]{64})-([0-9]+)")
 _STEP = struct.Struct("<q")
@@ -50,13 +55,26 @@ class Block:
         return os.pread(self._descriptor, stop - start, start)
 
 
+class HeldError(UnreachableError):
+    """Another process has the folder locked and does not go on."""
+
+
 @dataclass(frozen=True)
 class LiveLease:
-    """What a live process says of itself: the bytes that its job needs at once, and the step it has reached."""
+    """What a live process says of itself: the bytes that its job needs at once, and the step it has reached.
+
+    part: which of the job's passes it is at (training, validation): each counts steps of its own.
+    """
 
     job: str
     needed_bytes: int
+    part: str = ""
     step: int = NOT_BEGUN
+
+    @property
+    def name(self) -> str:
+        """What blocks are needed by: the pass of the job."""
+        return f"{self.job} {self.part}" if self.part else self.job
 
 
 class CacheFolder:
@@ -66,6 +84,7 @@ class CacheFolder:
         self.root = Path(os.path.abspath(root))  # noqa: PTH100 - resolve() would follow the link that is refused
         self.index = self.root / INDEX
         self._blocks = str(self.root / BLOCKS)
+        self._patience_s = PATIENCE_S
         self.prepare()
 
     def prepare(self) -> None:
@@ -83,16 +102,31 @@ class CacheFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder against all other threads and processes."""
+        """Holds the folder against all other threads and processes.
+
+        Raises:
+            HeldError: another process has it for PATIENCE_S. Then, until it goes on, the next ones raise it at once.
+        """
         try:
-            hold = Hold(self.root)
+            hold = self._lock()
         except FileNotFoundError:
             self.prepare()  # somebody removed it while we run
-            hold = Hold(self.root)
+            hold = self._lock()
         try:
             yield
         finally:
             hold.release()
+
+    def _lock(self) -> Hold:
+        try:
+            hold = Hold(self.root, self._patience_s)
+        except TimeoutError as error:
+            self._patience_s = 0.0
+            found = f"a process that has held it for {PATIENCE_S:.0f} s, perhaps a stopped one"
+            remedy = f"`fuser {self.root}` names it: let it go on, or end it."
+            raise HeldError(explain(str(self.root), expected="the lock of the cache", found=found, remedy=remedy)) from error
+        self._patience_s = PATIENCE_S
+        return hold
 
     # Blocks
 
@@ -130,7 +164,7 @@ class CacheFolder:
         """A new folder for files that are being written, held; its name stands for the fetch. The cache folder must be locked."""
         path = self.root / UNFINISHED / secrets.token_hex(8)
         path.mkdir(mode=0o700)
-        return Hold(path)
+        return Hold(path, PATIENCE_S)
 
     def end_fetch(self, hold: Hold) -> None:
         """Removes what was not published and tells those who wait."""
@@ -146,9 +180,7 @@ class CacheFolder:
         unfinished = fetch.path / target.name
         descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            rest = memoryview(data).cast("B")
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
+            _write(descriptor, data)
             target.parent.mkdir(mode=0o700, exist_ok=True)
             unfinished.rename(target)
         except BaseException:
@@ -162,27 +194,42 @@ class CacheFolder:
         """The names of fetches that have not ended, dead ones too."""
         return [entry.name for entry in os.scandir(self.root / UNFINISHED)]
 
+    def unfinished(self, fetch: str) -> Path:
+        """The folder of a fetch."""
+        return self.root / UNFINISHED / fetch
+
     def is_fetching(self, fetch: str) -> bool:
         """Whether the process of a fetch lives and is still at it."""
-        return is_held(self.root / UNFINISHED / fetch)
+        return is_held(self.unfinished(fetch))
 
-    def wait_for_fetch(self, fetch: str) -> None:
-        """Returns when a fetch has ended, well or not, or its process has."""
-        wait_for(self.root / UNFINISHED / fetch)
+    def wait_for_fetch(self, fetch: str) -> bool:
+        """Whether a fetch has ended within PATIENCE_S, well or not, or its process has."""
+        return wait_for(self.unfinished(fetch), PATIENCE_S)
+
+    def write_past(self, data: "Buffer") -> Block:
+        """A block that only its holder knows of, and that takes room on the disk as long as it is held."""
+        with tempfile.TemporaryFile(dir=self.root / UNFINISHED, buffering=0) as file:
+            descriptor = os.dup(file.fileno())
+        try:
+            _write(descriptor, data)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return Block(descriptor)
 
     def clear_fetch(self, fetch: str) -> None:
         """Removes what a dead fetch has left unfinished."""
-        shutil.rmtree(self.root / UNFINISHED / fetch, ignore_errors=True)
+        shutil.rmtree(self.unfinished(fetch), ignore_errors=True)
 
     # Leases
 
-    def new_lease(self, job: str, needed_bytes: int) -> Hold:
+    def new_lease(self, lease: LiveLease) -> Hold:
         """A file that says what this process's job needs, held as long as the process lives. The cache folder must be locked."""
         path = self.root / LEASES / secrets.token_hex(8)
-        said = _STEP.pack(NOT_BEGUN) + json.dumps({"job": job, "needed_bytes": needed_bytes}).encode()
+        facts = {"job": lease.job, "needed_bytes": lease.needed_bytes, "part": lease.part}
         try:
-            path.write_bytes(said)
-            return Hold(path, writable=True)
+            path.write_bytes(_STEP.pack(lease.step) + json.dumps(facts).encode())
+            return Hold(path, PATIENCE_S, writable=True)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -208,6 +255,12 @@ class CacheFolder:
 def say_step(lease: Hold, step: int) -> None:
     """Writes down how far a process is; costs no lock."""
     os.pwrite(lease.descriptor, _STEP.pack(step), 0)
+
+
+def _write(descriptor: int, data: "Buffer") -> None:
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 @contextmanager

@@ -6,17 +6,27 @@ of the kernel, and a kill leaves nothing that has to be guessed stale from an ag
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from weakref import WeakSet
 
+# How soon somebody who waits sees that a lock is free: at first, and after a while.
+_FIRST_LOOK_S, _LOOK_S = 0.0002, 0.01
+
 
 class Hold:
-    """A lock on a file or folder that exists. Waits for whoever holds it."""
+    """A lock on a file or folder that exists. Waits for whoever holds it, but not for ever: a stopped process holds on.
 
-    def __init__(self, path: Path, *, writable: bool = False) -> None:
+    Raises:
+        TimeoutError: it is held by another for patience_s.
+    """
+
+    def __init__(self, path: Path, patience_s: float, *, writable: bool = False) -> None:
         self.path, self.descriptor = path, -1
         self.descriptor = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
-        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        if not _locked(self.descriptor, fcntl.LOCK_EX, patience_s):
+            self.drop()
+            raise TimeoutError(f"held for {patience_s:.0f} s")
         _HOLDS.add(self)
 
     def __del__(self) -> None:
@@ -65,13 +75,28 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def wait_for(path: Path) -> None:
-    """Returns when nobody holds it any more: at once when the holder lets go or dies."""
+def wait_for(path: Path, patience_s: float) -> bool:
+    """Whether nobody holds it any more, within patience_s: as soon as the holder lets go or dies."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        return
+        return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        return _locked(descriptor, fcntl.LOCK_SH, patience_s)
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int, kind: int, patience_s: float) -> bool:
+    """Whether the lock was to be had in time. The kernel's own waiting has no limit, so it is asked again and again."""
+    until, pause = time.monotonic() + patience_s, _FIRST_LOOK_S
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, _LOOK_S)
+        else:
+            return True

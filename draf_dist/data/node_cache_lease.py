@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
 from draf_dist.data import node_cache_entries as entries
-from draf_dist.data.node_cache_folder import Block, BlockKey, CacheFolder, LiveLease, explained, say_step
+from draf_dist.data.node_cache_folder import PATIENCE_S, Block, BlockKey, CacheFolder, HeldError, LiveLease, explained, say_step
 from draf_dist.data.node_cache_holds import Hold
 from draf_dist.data.node_cache_index import BlockIndex
 
@@ -52,6 +52,9 @@ class Lease:
         self._until: dict[BlockKey, int] = {}
         self._ends: list[tuple[int, BlockKey]] = []
         self._stats = CacheStats()
+        # Fetches of other processes, perhaps stopped ones, that were waited for long enough.
+        self._stuck: set[str] = set()
+        self._is_past = False
         self._is_closed = False
 
     @property
@@ -78,7 +81,8 @@ class Lease:
         """The blocks, in the order of their keys; until: the last step of this job that needs each.
 
         fetch(keys) makes those that no process has or is making, in the order in which they were asked for. What it raises is
-        raised here, and nothing is kept of it; others who wait then fetch for themselves.
+        raised here, and nothing is kept of it; others who wait then fetch for themselves. Where another process is stopped while it
+        fetches, or while it has the folder locked, it is waited for PATIENCE_S; then what is missing is fetched past the cache.
 
         Raises:
             StorageFullError: the disk is full, and nothing more may be evicted.
@@ -141,7 +145,7 @@ class Lease:
             for key, block in seen.items():
                 entries.forget(connection, self._files, key, None if block is None else block.inode)
 
-        with explained(self._files.root):
+        with explained(self._files.root), suppress(HeldError):
             self._count_freed(self._index.run_with_room(drop)[1])
 
     def _check_open(self) -> None:
@@ -168,10 +172,13 @@ class Lease:
     def _lying(self, until: Mapping[BlockKey, int]) -> dict[BlockKey, Block]:
         def work(connection: entries.Connection) -> dict[BlockKey, Block]:
             self._catch_up(connection)
-            return entries.there(connection, self._files, self._said.job, until)
+            return entries.there(connection, self._files, self._said.name, until)
 
-        with explained(self._files.root):
-            lying, freed = self._index.run_with_room(work)
+        try:
+            with explained(self._files.root):
+                lying, freed = self._index.run_with_room(work)
+        except HeldError:
+            return {}  # `get` finds it so too, and helps itself
         with self._lock:
             self._needed({key: until[key] for key in lying})
             self._keep(lying)
@@ -183,16 +190,45 @@ class Lease:
         """Fetches what nobody has; then, only then, waits for what others make: so no two callers wait for each other."""
         waited = False
         while missing := {key: step for key, step in wanted.items() if key not in found}:
-            claim = self._claim(missing)
+            try:
+                claim = self._claim(missing)
+            except HeldError as error:
+                self._warn_past(str(error))
+                found.update(self._past(list(missing), fetch(list(missing))))
+                return
             found.update(claim.found)
             with self._lock:
                 self._stats.waited += len(claim.found) if waited else 0
                 self._stats.hits += 0 if waited else len(claim.found)
             if claim.hold is not None:
                 found.update(self._made(claim.hold, claim.mine, fetch))
+            elif stuck := [key for key, other in claim.awaited.items() if other in self._stuck]:
+                found.update(self._past(stuck, fetch(stuck)))
             elif claim.awaited:
-                self._files.wait_for_fetch(min(claim.awaited))
+                self._wait_for(min(claim.awaited.values()))
             waited = True
+
+    def _wait_for(self, other: str) -> None:
+        if not self._files.wait_for_fetch(other):
+            self._stuck.add(other)
+            path = self._files.unfinished(other)
+            told = f"{path}: another process has been fetching for {PATIENCE_S:.0f} s. It is stopped, or its store does not answer"
+            self._warn_past(f"{told}; `fuser {path}` names it: let it go on, or end it.")
+
+    def _past(self, keys: Sequence[BlockKey], data: "Sequence[Buffer]") -> dict[BlockKey, Block]:
+        """Blocks of which the cache does not know: there they are as another process will make them, or has left them."""
+        with explained(self._files.root):
+            blocks = {key: self._files.write_past(content) for key, content in zip(keys, data, strict=True)}
+        with self._lock:
+            self._stats.misses += len(blocks)
+            self._stats.fetched_bytes += sum(block.size for block in blocks.values())
+        return blocks
+
+    def _warn_past(self, told: str) -> None:
+        with self._lock:
+            is_new, self._is_past = not self._is_past, True
+        if is_new:
+            warnings.warn(f"{told} Meanwhile what is missing is fetched past the cache.", RuntimeWarning, stacklevel=2)
 
     def _claim(self, missing: Mapping[BlockKey, int]) -> entries.Claim:
         begun: list[Hold] = []
@@ -204,7 +240,7 @@ class Lease:
         def work(connection: entries.Connection) -> entries.Claim:
             take_back()  # of an attempt that failed
             self._catch_up(connection)
-            claim = entries.claim(connection, self._files, self._said.job, missing)
+            claim = entries.claim(connection, self._files, self._said.name, missing)
             begun.extend([claim.hold] if claim.hold else ())
             return claim
 
@@ -226,10 +262,9 @@ class Lease:
             return
         with self._lock:
             if not (self._is_closed or self._hold.path.exists()):
-                self._hold = self._files.new_lease(self._said.job, self._said.needed_bytes)
-                say_step(self._hold, self._said.step)
+                self._hold = self._files.new_lease(self._said)
             known = dict(self._until)
-        entries.need_again(connection, self._said.job, known)
+        entries.need_again(connection, self._said.name, known)
         self._generation = self._index.generation
 
     def _made(self, hold: Hold, keys: Sequence[BlockKey], fetch: Fetch) -> dict[BlockKey, Block]:
@@ -237,9 +272,13 @@ class Lease:
             data = dict(zip(keys, fetch(keys), strict=True))
             with explained(self._files.root):
                 blocks = self._published(hold, data)
+        except HeldError as error:
+            # What lies there half-published is cleared up by the next one who asks.
+            self._warn_past(str(error))
+            return self._past(keys, list(data.values()))
         except BaseException:
             # Where even this fails, the next one who asks finds the fetch dead and clears up.
-            with suppress(OSError):
+            with suppress(OSError, HeldError):
                 self._index.run(lambda connection: entries.abandon(connection, self._files, hold.path.name))
             raise
         finally:

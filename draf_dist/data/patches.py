@@ -51,6 +51,11 @@ class Patch:
         """Reads what a plan says; raises as `volumes.fetch_patch`."""
         return cls(plan, fetch_patch(store, plan))
 
+    @property
+    def size_bytes(self) -> int:
+        """Of what was read for it."""
+        return sum(map(len, self.contents))
+
     def decode(self, out: Voxels) -> None:
         """Decodes it into an array (C, d, h, w); raises as `volumes.decode_patch`."""
         decode_patch(self.plan, self.contents, out)

@@ -4,6 +4,8 @@ from draf_dist.data.parent import Parent
 from draf_dist.data.parts import Parts, encode_record
 from draf_dist.data.release import HEAD, read_head, release_path
 from draf_dist.errors import GateError, explain
+from draf_dist.protocols import publish
+from draf_dist.protocols.operations import run_on
 from draf_dist.schema.release import Head, ReleaseManifest
 from draf_dist.storage import Store
 
@@ -14,10 +16,8 @@ class OvertakenError(GateError):
 
 def write_release(store: Store, manifest: ReleaseManifest, parts: Parts) -> None:
     """Completes a version. No URL leads to it yet but URL@version."""
-    for name, data in parts.items():
-        if store.size(release_path(manifest.version, name)) != len(data):
-            store.write(release_path(manifest.version, name), data)
-    store.create(release_path(manifest.version, "release.json"), encode_record(manifest))
+    files = {release_path(manifest.version, name): data for name, data in parts.items()}
+    run_on(store, publish.write_release(files, release_path(manifest.version, "release.json"), encode_record(manifest)))
 
 
 def move_head(store: Store, version: str, parent: Parent) -> None:
@@ -28,21 +28,23 @@ def move_head(store: Store, version: str, parent: Parent) -> None:
     """
     if version == parent.version:
         return
-    head = encode_record(Head(version=version))
-    moved = store.create(HEAD, head) if parent.etag is None else store.swap(HEAD, head, parent.etag)
-    if not moved:
-        refuse_if_overtaken(store, parent, published=version)
+    if not run_on(store, publish.move_head(HEAD, encode_record(Head(version=version)), parent.etag)):
+        raise _overtaken(store, parent, read_head(store))
 
 
-def refuse_if_overtaken(store: Store, parent: Parent, published: str | None = None) -> None:
-    """Raises OvertakenError if HEAD.json names neither the parent nor `published`."""
+def refuse_if_overtaken(store: Store, parent: Parent) -> None:
+    """Raises OvertakenError if HEAD.json names another release than the parent."""
     now = read_head(store)
-    if now is not None and now[0].version not in (parent.version, published):
-        raise OvertakenError(
-            explain(
-                store.where(HEAD),
-                expected=f"version {parent.version or '(none)'}, on which this run builds",
-                found=f"{now[0].version}: another run published it meanwhile",
-                remedy="Run the same command again: it will build on that release.",
-            )
+    if now is not None and now[0].version != parent.version:
+        raise _overtaken(store, parent, now)
+
+
+def _overtaken(store: Store, parent: Parent, now: tuple[Head, str] | None) -> OvertakenError:
+    return OvertakenError(
+        explain(
+            store.where(HEAD),
+            expected=f"version {parent.version or '(none)'}, on which this run builds",
+            found=f"{now[0].version if now else 'none'}: another run changed it meanwhile",
+            remedy="Run the same command again: it will build on that release.",
         )
+    )

@@ -6,7 +6,7 @@ import json
 import posixpath
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,6 +88,15 @@ class Release:
         if folder not in self._tar_stores:
             self._tar_stores.setdefault(folder, open_store(folder or "/"))
         return self._tar_stores[folder], name
+
+    def apart(self, split: Split) -> "Release":
+        """The same release through stores that count what is asked through it alone (see Store.apart).
+
+        Raises as `tar_location` of the shards of the split.
+        """
+        for shard in self.shards(split):
+            self.tar_location(shard)
+        return replace(self, store=self.store.apart(), _tar_stores={url: store.apart() for url, store in self._tar_stores.items()})
 
     def where_tar(self, shard: ShardRecord) -> str:
         """The URL of a shard's tar, for messages; opens no store."""

@@ -31,12 +31,16 @@ class Members(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """What samples of one release are read with. partners: column -> for every sample the sample whose modality it gets."""
+    """What samples of one release are read with. partners: column -> for every sample the sample whose modality it gets.
+
+    is_local: the shards lie on a disk of this machine.
+    """
 
     reader: ShardReader
     members: Members
     partners: Mapping[int, IntArray]
     patch_rule: PatchRule
+    is_local: bool
 
 
 class Sample:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from draf_dist.data.shard_reader import IntArray
 
 
@@ -18,14 +20,21 @@ class Sequential:
         return samples // self.batch_size
 
     def open_bytes(self, shard_bytes: Sequence[int], *, block_bytes: int, ahead_steps: int) -> int:
-        """An upper bound of what is in use at once: the samples of ahead_steps + 1 batches, and blocks that they share.
+        """An upper bound of what is in use at once: the blocks of ahead_steps + 1 batches.
 
-        The samples of a shard are taken as equally large, and a window of them to lie wherever they are largest.
+        Of a shard that is not in use whole, samples are taken as equally large, with a slack of a block at either end.
         """
-        window = (ahead_steps + 1) * self.batch_size
-        sizes = [(num, size) for num, size in zip(self.shard_sizes, shard_bytes, strict=True) if num]
-        if not sizes:
+        shards = [(num, size) for num, size in zip(self.shard_sizes, shard_bytes, strict=True) if num]
+        if not shards:
             return 0
-        num_shards = min(len(sizes), window // min(num for num, _ in sizes) + 2)
-        whole = sum(size + block_bytes for _, size in sizes)
-        return min(whole, int(window * max(size / num for num, size in sizes)) + 2 * num_shards * block_bytes)
+        num, size = np.array(shards, np.int64).T
+        ends, starts_bytes = np.cumsum(num), np.cumsum(size) - size
+        first = np.arange(0, ends[-1], self.batch_size)
+        stop = np.minimum(first + (ahead_steps + 1) * self.batch_size, ends[-1])
+        of_first, of_last = np.searchsorted(ends, first, side="right"), np.searchsorted(ends, stop - 1, side="right")
+        # Where a shard is cut: in blocks of it.
+        before = (first - (ends - num)[of_first]) * size[of_first] // num[of_first] // block_bytes - 1
+        until = -((((ends - num)[of_last] - stop) * size[of_last]) // num[of_last] // block_bytes) + 1
+        first_byte = starts_bytes[of_first] + np.maximum(before, 0) * block_bytes
+        last_byte = starts_bytes[of_last] + np.minimum(until * block_bytes, size[of_last])
+        return int((last_byte - first_byte).max())

@@ -4,8 +4,13 @@ A block of a shard is fetched `ahead_steps` before the first step that draws one
 (`horizon`) of all of them. A manifest says how many bytes and samples a shard has, not where each sample lies: samples of one shard
 are taken as equally large, and a block to hold also what lies less than a block before or after it. Where sizes differ so much
 that samples stray further, blocks open sooner here and later there: the sum stays the same but for chance, for which there is room.
+
+Shards may differ in bytes per sample, and every epoch lays them in another order: which of them are open at once is chance too.
+So all are first taken as alike, at the mean of their bytes per sample; to that comes by how much those that are open at once can
+exceed the mean (`_excess`).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +28,10 @@ MAX_TIMES = 2**18
 PIECES_AT_ONCE = 2**16
 # Sizes of samples are taken to scatter by their mean, and the sum of those that are open by at most so many standard deviations.
 DEVIATIONS = 4
+# What the shards that are open at once exceed at a moment with a probability of at most e to the minus this: one in 10^9.
+CERTAINTY = 9 * math.log(10)
+# t in `_excess`, times the largest excess of a part: where the least is looked for.
+EXPONENTS = np.geomspace(0.01, 50, 48)
 
 
 @dataclass(frozen=True)
@@ -44,12 +53,22 @@ class Fetch:
 
 @dataclass(frozen=True)
 class _Pieces:
-    """Runs of neighbouring blocks of one shard: the first and last step that can need one of them, how many, their bytes."""
+    """Runs of neighbouring blocks of one shard: the first and last step that can need one of them; how many; bytes, samples."""
 
     first: IntArray
     last: IntArray
     blocks: IntArray
     bytes: IntArray
+    samples: IntArray
+
+
+@dataclass(frozen=True)
+class _Open:
+    """The most blocks, bytes and samples that are open at once, each at its own worst moment."""
+
+    blocks: int
+    bytes: int
+    samples: int
 
 
 class _Curve:
@@ -58,19 +77,19 @@ class _Curve:
     def __init__(self, num_steps: int, ahead: int) -> None:
         self._ahead, self._steps_at_once = ahead, -(-num_steps // MAX_TIMES)
         num_times = num_steps // self._steps_at_once + 2
-        self._blocks, self._bytes = np.zeros(num_times, np.int64), np.zeros(num_times, np.int64)
+        self._changes = np.zeros((3, num_times), np.int64)
 
     def add(self, pieces: _Pieces) -> None:
         """Counts pieces from their first to their last step."""
         opens = np.maximum(pieces.first - self._ahead, 0) // self._steps_at_once
         closes = pieces.last // self._steps_at_once + 1
-        for change, weight in ((self._blocks, pieces.blocks), (self._bytes, pieces.bytes)):
+        for change, weight in zip(self._changes, (pieces.blocks, pieces.bytes, pieces.samples), strict=True):
             np.add.at(change, opens, weight)
             np.subtract.at(change, closes, weight)
 
-    def peak(self) -> Fetch:
-        """The most of both."""
-        return Fetch(int(np.cumsum(self._bytes).max()), int(np.cumsum(self._blocks).max()))
+    def peak(self) -> _Open:
+        """The most of each."""
+        return _Open(*np.cumsum(self._changes, axis=1).max(axis=1).tolist())
 
 
 def working_set(plan: Plan, shard_bytes: Sequence[Sequence[int]], *, block_bytes: int, ahead_steps: int) -> int:
@@ -81,7 +100,7 @@ def working_set(plan: Plan, shard_bytes: Sequence[Sequence[int]], *, block_bytes
 def open_blocks(plan: Plan, shard_bytes: Sequence[Sequence[int]], *, block_bytes: int, ahead_steps: int) -> WorkingSet:
     """The working set of a plan, whole: of a node that reads for all ranks.
 
-    Found from the first two epochs of every source: others only lay the same shards in another order.
+    Found from the steps of the first two epochs of every source: others only lay the same shards in another order.
 
     Args:
         plan: what is followed.
@@ -134,21 +153,70 @@ def _source_peak(plan: Plan, source: int, shard_bytes: IntArray, block_bytes: in
     # Either all that may be drawn ahead is there, or each draw ahead has brought the blocks of one sample.
     num_steps = int(horizons[1].step_of(num_samples.sum(keepdims=True) - 1)[0]) + 1
     curves = [_Curve(num_steps, ahead_steps), _Curve(num_steps, 0)]
+    alike = np.ceil(num_samples * (whole.bytes / num_samples.sum())).astype(np.int64)
     for horizon in horizons:
-        for pieces in _pieces(horizon, shard_bytes, block_bytes):
+        for pieces in _pieces(horizon, alike, block_bytes):
             for curve in curves:
                 curve.add(pieces)
     ahead, now = (curve.peak() for curve in curves)
     more = most_ahead * _blocks_of_a_sample(num_samples, shard_bytes, block_bytes)
-    size = min(ahead.bytes, now.bytes + more * block_bytes)
-    chance = _chance(size, whole.bytes / num_samples.sum(), block_bytes * len(horizons[0].groups.window))
-    return Fetch(
-        min(size + chance, whole.bytes), min(min(ahead.blocks, now.blocks + more) - (-chance // block_bytes), whole.blocks)
+    num_groups = len(horizons[0].groups.window)
+    release = _Shares(num_samples[num_samples > 0], shard_bytes[num_samples > 0])
+    ends = 4 * num_groups * release.longer_ends(block_bytes)
+    size = min(
+        ahead.bytes + _excess(release, ahead.samples, num_groups),
+        now.bytes + _excess(release, now.samples, num_groups) + more * block_bytes,
     )
+    size += ends + _chance(size, release.scatter_bytes, block_bytes * num_groups)
+    # Of a shard, all blocks but the last are whole.
+    blocks = min(ahead.blocks, now.blocks + more) - (-(size - min(ahead.bytes, now.bytes)) // block_bytes)
+    return Fetch(min(size, whole.bytes), min(blocks, whole.blocks))
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """Shards with samples. num_samples, bytes: int64 (n,)."""
+
+    num_samples: IntArray
+    bytes: IntArray
+
+    @property
+    def scatter_bytes(self) -> float:
+        """Mean square over mean of the bytes of a sample, if all of a shard are equally large."""
+        return float((self.bytes * (self.bytes / self.num_samples)).sum() / self.bytes.sum())
+
+    def longer_ends(self, block_bytes: int) -> int:
+        """By how much the blocks at an end of what a group holds, and their slack, may be longer than those of the mean shard."""
+        most = 2 * block_bytes
+        return max(0, min(most, int(self.bytes.max())) - min(most, int(self.bytes.mean())))
+
+
+def _excess(release: _Shares, num_open: int, num_groups: int) -> int:
+    """The most bytes by which samples that are open may exceed as many of the mean size: neighbours in each group.
+
+    Whatever the order, it is no more than that of the largest samples. An order that is drawn hardly ever meets that: the sum over
+    m parts of shards drawn without replacement, a of them above the mean, exceeds x with a probability of at most
+    exp(m log mean(exp(t a)) - t x) for any t > 0 (Chernoff; Hoeffding 1963, section 6).
+    """
+    mean = release.bytes.sum() / release.num_samples.sum()
+    above = release.bytes / release.num_samples - mean
+    order = np.argsort(-above)
+    num_samples = release.num_samples[order]
+    taken = np.clip(num_open - (np.cumsum(num_samples) - num_samples), 0, num_samples)
+    most = float((taken * above[order]).sum())
+    if most < 1:
+        return 0
+    # Of a shard no more is open together than of a group.
+    part = np.minimum(release.num_samples, -(-num_open // num_groups))
+    parts, excess = release.num_samples / part, part * above
+    num_parts, largest = parts.sum() * min(num_open / num_samples.sum(), 1.0), float(excess.max())
+    parts /= parts.sum()
+    rare = min((CERTAINTY + num_parts * math.log(parts @ np.exp(t * excess / largest))) / t * largest for t in EXPONENTS)
+    return int(min(most, rare))
 
 
 def _chance(size: int, sample_bytes: float, group_slack_bytes: int) -> int:
-    """What samples of such a mean size may have more together, beyond the slack at both ends of what every group holds."""
+    """What samples of such a scatter may have more together, beyond the slack at both ends of what every group holds."""
     return max(0, int(DEVIATIONS * (size * sample_bytes) ** 0.5) - 2 * group_slack_bytes)
 
 
@@ -199,7 +267,8 @@ def _cut(horizon: Horizon, shards: _Shards, first: IntArray, stop: IntArray, blo
     first_sample = before * shards.num_samples // shards.bytes
     last_sample = -(-behind * shards.num_samples // shards.bytes) - 1
     opens, closes = _span(horizon, shards.starts + first_sample, shards.starts + last_sample)
-    return _Pieces(opens, closes, stop - first, stop_byte - start_byte)
+    num_before = [edge * shards.num_samples // shards.bytes for edge in (start_byte, stop_byte)]
+    return _Pieces(opens, closes, stop - first, stop_byte - start_byte, num_before[1] - num_before[0])
 
 
 def _span(horizon: Horizon, first: IntArray, last: IntArray) -> tuple[IntArray, IntArray]:

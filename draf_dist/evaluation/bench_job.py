@@ -79,6 +79,7 @@ class BenchJob(Spec):
                 problems.append(str(error))
             else:
                 problems += [_seen_before(place)] if found[name].pretrained else []
+                problems += [_left_out(place)] if found[name].bad_data.policy != "fail" else []
                 problems += [_fewer_labels(place)] if self.baselines and found[name].label_fraction < 1 else []
         if problems:
             raise SpecError(together(dict.fromkeys(problems)))
@@ -111,6 +112,11 @@ def _given(place: str) -> str:
 def _fewer_labels(place: str) -> str:
     remedy = "Baselines are trained on all labels of the same table: leave `baselines` empty, or the fraction out."
     return explain(f"{place}.label_fraction", expected="1", found="less", remedy=remedy)
+
+
+def _left_out(place: str) -> str:
+    remedy = "The table counts every study once: restore what is damaged; draf release verify names it."
+    return explain(f"{place}.bad_data.policy", expected="fail", found="quarantine", remedy=remedy)
 
 
 def _seen_before(place: str) -> str:

@@ -8,7 +8,8 @@ from itertools import groupby
 from pydantic import ValidationError
 
 from draf_dist.data.corruption import Corruptor
-from draf_dist.data.loader import evaluation_batches
+from draf_dist.data.loader import EVALUATION_PREFETCH, Reading, SplitLoader
+from draf_dist.data.loader_stats import LoaderStats
 from draf_dist.data.normalise import Normaliser
 from draf_dist.data.release import Release, open_release
 from draf_dist.errors import DataError, SpecError, explain
@@ -63,6 +64,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a run on the release that it was trained on, or on another with the same modalities and label.
 
+    What can't be read is treated as the run's job says (bad_data); what was left out is among the warnings.
     truth: uid -> planted truth, for synthetic data; regret is reported then. on_progress(stage, done, total) is called often.
     Writes predictions/*.parquet, evaluation.json and report.html into the run folder, each at once; of another release into
     evaluations/<version>/ there, so that the run's own stay. The same run, job and release give the same bytes.
@@ -72,7 +74,7 @@ def evaluate(
         DataError: the model can't read the release, or files are damaged.
     """
     subject = open_subject(run_url, release_url)
-    clean = _clean_predictions(subject, job, on_progress)
+    clean, read = _clean_predictions(subject, job, on_progress)
     known = clean["val"].labelled()
     temperature = fit_temperature(known.probability.astype("float64"), known.target)
     context = Context(job, temperature.value, _subject_numbers(subject.release), truth)
@@ -90,7 +92,7 @@ def evaluate(
         splits=tuple(splits),
         sweep=result,
         signals=signals,
-        warnings=_empty_splits(job, clean) + find_warnings(job, temperature, splits, signals, result),
+        warnings=_empty_splits(job, clean) + _left_out(read) + find_warnings(job, temperature, splits, signals, result),
     )
     _write(subject.run.store, evaluation, list(clean.values()), sweep)
     return evaluation
@@ -154,10 +156,14 @@ def read_exported(run: RunFolder) -> tuple[ExportedModel, str]:
     return exported, str(json.loads(files[DESCRIPTION])["weights_sha256"])
 
 
-def _clean_predictions(subject: Subject, job: EvaluateJob, on_progress: Progress) -> dict[str, Predictions]:
-    """Predictions of validation and of every split asked for that holds a study; each study exactly once."""
+def _clean_predictions(
+    subject: Subject, job: EvaluateJob, on_progress: Progress
+) -> tuple[dict[str, Predictions], dict[str, LoaderStats]]:
+    """Predictions of validation and of every split asked for that holds a study; each study exactly once. And what was read."""
     wanted: list[Split] = [name for name in SPLITS if name == "val" or name in job.splits]
     found: dict[str, Predictions] = {}
+    read: dict[str, LoaderStats] = {}
+    reading = Reading(prefetch=EVALUATION_PREFETCH, bad_data=subject.job.bad_data)
     for done, name in enumerate(wanted):
         on_progress("predict", done, len(wanted))
         release = subject.trained_on if name == "val" else subject.release
@@ -165,13 +171,14 @@ def _clean_predictions(subject: Subject, job: EvaluateJob, on_progress: Progress
         if receipt is None or receipt.count == 0:
             continue
         predictor = Predictor(subject.exported.model, release.schema, job.passes, job.seed)
-        batches = map(subject.normaliser, evaluation_batches(release, name, job.batch_size))
-        found[name] = predictor.predict(batches, split=name)
-        check_coverage(found[name], receipt)
+        split = SplitLoader(release, name, job.batch_size, reading=reading)
+        found[name] = predictor.predict(map(subject.normaliser, split.studies()), split=name)
+        read[name] = split.stats()
+        check_coverage(found[name], receipt, read[name].lost_samples)
     if "val" not in found:
         where = subject.trained_on.pinned_url
         raise SpecError(explain(where, expected="studies in the val split", found="none", remedy="Temperature is fitted there."))
-    return found
+    return found, read
 
 
 def _sweep(subject: Subject, context: Context, on_progress: Progress) -> SweepRun | None:
@@ -182,7 +189,7 @@ def _sweep(subject: Subject, context: Context, on_progress: Progress) -> SweepRu
         return None
     corruptor = Corruptor(subject.job.corruption, subject.normaliser, seed=context.job.seed)
     predictor = Predictor(subject.exported.model, subject.release.schema, settings.passes, context.job.seed)
-    sweeper = Sweeper(subject.release, corruptor, predictor, context, settings)
+    sweeper = Sweeper(subject.release, corruptor, predictor, context, settings, subject.job.bad_data)
     return sweeper.run(lambda done, total: on_progress("sweep", done, total))
 
 
@@ -214,6 +221,15 @@ def _about(subject: Subject, job: EvaluateJob) -> About:
 
 def _empty_splits(job: EvaluateJob, clean: Mapping[str, Predictions]) -> tuple[str, ...]:
     return tuple(f"Split {name} holds no study: nothing is reported of it." for name in job.splits if name not in clean)
+
+
+def _left_out(read: Mapping[str, LoaderStats]) -> tuple[str, ...]:
+    return tuple(
+        f"Split {name}: {stats.left_out} of {stats.members} files could not be used and were left out (bad_data of the run's job); "
+        f"{stats.lost_samples} studies are missing for that."
+        for name, stats in read.items()
+        if stats.left_out
+    )
 
 
 def _write(store: Store, evaluation: Evaluation, clean: Sequence[Predictions], sweep: SweepRun | None) -> None:

@@ -79,19 +79,20 @@ class Predictor:
         )
 
 
-def check_coverage(predictions: Predictions, expected: Receipt) -> None:
-    """Every study of the split was predicted, none twice (rule D7).
+def check_coverage(predictions: Predictions, expected: Receipt, num_lost: int = 0) -> None:
+    """Every study of the split was predicted, none twice (rule D7). num_lost: studies that were left out as unusable.
 
     Raises:
         DataError: the studies predicted are not those of the release.
     """
     found = receipt(predictions.uid)
-    if found != expected or len(np.unique(predictions.uid)) != len(predictions.uid):
+    covered = found == expected if num_lost == 0 else found.count + num_lost == expected.count
+    if not covered or len(np.unique(predictions.uid)) != len(predictions.uid):
         raise DataError(
             explain(
                 f"split {predictions.split}",
                 expected=f"the {expected.count} studies of the release, each once (uid sum {expected.uid_sum})",
-                found=f"{found.count} (uid sum {found.uid_sum})",
+                found=f"{found.count} (uid sum {found.uid_sum})" + (f", and {num_lost} left out" if num_lost else ""),
                 remedy="Run `draf release verify` on it.",
             )
         )

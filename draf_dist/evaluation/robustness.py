@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from draf_dist.data.bad_data import STRICT, BadData
 from draf_dist.data.corruption import AnyOperation, Corruptor, Missing, MissingNotAtRandom, Swap, corrupted_batches, severity
 from draf_dist.data.corruption.missing import with_present
 from draf_dist.data.loader import evaluation_batches
@@ -60,10 +61,18 @@ class Sweeper:
     """Predicts and compares; holds the clean studies of the split, normalised, in memory (at most `max_studies` of them)."""
 
     def __init__(
-        self, release: Release, corruptor: Corruptor, predictor: Predictor, context: Context, settings: SweepSettings
+        self,
+        release: Release,
+        corruptor: Corruptor,
+        predictor: Predictor,
+        context: Context,
+        settings: SweepSettings,
+        bad_data: BadData = STRICT,
     ) -> None:
         self.release, self.corruptor, self.predictor, self.context, self.settings = release, corruptor, predictor, context, settings
-        clean = list(map(corruptor.normaliser, evaluation_batches(release, settings.split, context.job.batch_size)))
+        self.bad_data = bad_data
+        batches = evaluation_batches(release, settings.split, context.job.batch_size, bad_data=bad_data)
+        clean = list(map(corruptor.normaliser, batches))
         self._left_out = _impossible(settings.operations, clean)
         self._chosen = _smallest_uids(clean, settings.max_studies)
         self._clean = list(self._only_chosen(clean))
@@ -112,6 +121,7 @@ class Sweeper:
                 modality=case.modality,
                 seed=seed,
                 batch_size=size,
+                bad_data=self.bad_data,
             )
             return self._only_chosen(found)
         return (self.corruptor.apply(batch, operation, case.index, modality=case.modality, seed=seed) for batch in self._clean)

@@ -7,16 +7,21 @@ from pydantic import Field, field_validator
 
 from draf_dist.config.spec import Spec
 from draf_dist.errors import SpecError, explain
+from draf_dist.launch.cores import decode_threads_of
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.torch_engine import OneProcess
 
 
 class OneProcessProfile(Spec):
-    """This process. auto takes a CUDA device if there is one. accumulation: micro-batches per step, where a batch does not fit."""
+    """This process. auto takes a CUDA device if there is one. accumulation: micro-batches per step, where a batch does not fit.
+
+    threads: what one operator uses. decode_threads: what decodes samples; None takes as many as there are cores, at most 16.
+    """
 
     kind: Literal["one_process"] = "one_process"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(1, ge=1)
+    decode_threads: int | None = Field(None, ge=1)
     accumulation: int = Field(1, ge=1)
 
     def backend(self) -> OneProcess:
@@ -30,7 +35,8 @@ class OneProcessProfile(Spec):
             remedy = "Use `device: auto` or `cpu`."
             raise SpecError(explain("profile: device", expected="a CUDA device", found="none", remedy=remedy))
         device = torch.device("cpu" if self.device == "cpu" or not found else "cuda")
-        return OneProcess(self.threads, self.accumulation, device)
+        decode_threads = self.decode_threads or decode_threads_of(1)
+        return OneProcess(self.threads, self.accumulation, device, decode_threads=decode_threads)
 
 
 class RayProfile(Spec):
@@ -38,6 +44,7 @@ class RayProfile(Spec):
 
     address: None starts a cluster on this machine for as long as the command runs; `auto` or host:port joins one that exists, from
     one of its nodes. cpus_per_worker: what Ray sets aside for a worker, which may be a fraction; threads: what one operator uses.
+    decode_threads: what decodes samples; None takes the cores of a node divided by its workers, at least 1 and at most 16.
     gpus_per_worker: 0 computes on CPUs over gloo, 1 on GPUs over NCCL. max_failures: how often the workers are started again after
     one was lost. collective_timeout_s: how long a rank waits for the others before it takes them for lost; longer than anything
     that one rank does alone (uploading a checkpoint). nodes_timeout_s: how long to wait for nodes that an autoscaler brings.
@@ -49,6 +56,7 @@ class RayProfile(Spec):
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: int = Field(0, ge=0, le=1)
     threads: int = Field(1, ge=1)
+    decode_threads: int | None = Field(None, ge=1)
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     max_failures: int = Field(3, ge=0)
     collective_timeout_s: int = Field(600, ge=1)

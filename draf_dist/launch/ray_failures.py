@@ -7,6 +7,7 @@ from ray.train import ControllerError, TrainingFailedError, UserCallback, Worker
 
 from draf_dist.errors import DrafError, UnreachableError, explain
 from draf_dist.launch.ray_desk import Desk
+from draf_dist.training.watch.watchdog import HungError
 
 
 class FailureWatch(UserCallback):
@@ -56,5 +57,7 @@ def as_draf_error(error: Exception, url: str, max_failures: int) -> DrafError:
 
 
 def _describe(error: Exception) -> str:
+    if isinstance(error, HungError):
+        return str(error)
     # Ray has no public name for it: the worker no longer answers.
     return "its process ended" if type(error).__name__ == "WorkerHealthCheckFailedError" else type(error).__name__

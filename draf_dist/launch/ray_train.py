@@ -18,6 +18,7 @@ from rich.console import Console
 
 import draf_dist
 from draf_dist.errors import InterruptedRunError, SpecError, explain
+from draf_dist.launch.cores import decode_threads_of
 from draf_dist.launch.profile import RayProfile
 from draf_dist.launch.ray_cluster import RayCluster, check_reach, environment, ray_cluster
 from draf_dist.launch.ray_desk import Desk, DeskLines, DeskStop
@@ -98,7 +99,8 @@ def run_rank(task: RankTask) -> RunResult | InterruptedRunError:
     # DeepSpeed looks for an accelerator when it is imported.
     from draf_dist.training.deepspeed_engine import DeepSpeedRanks
 
-    backend = DeepSpeedRanks(task.profile.deepspeed, get_device(), task.profile.threads)
+    decode_threads = task.profile.decode_threads or decode_threads_of(train.get_context().get_local_world_size())
+    backend = DeepSpeedRanks(task.profile.deepspeed, get_device(), task.profile.threads, decode_threads)
     if rank > 0:
         return _attempt(task.url, backend, Console(quiet=True), Interrupt())
     lines = DeskLines(task.desk)

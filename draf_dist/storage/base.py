@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 from draf_dist.errors import SpecError, explain
 from draf_dist.storage.traffic import Traffic
@@ -43,8 +44,8 @@ class Store(ABC):
         """The whole object and the tag that names exactly this content to `swap`."""
 
     @abstractmethod
-    def write(self, path: str, data: bytes) -> None:
-        """Writes the object, or replaces it, at once."""
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        """Writes the object, or replaces it, at once. Of a memoryview no copy is made; it must not change meanwhile."""
 
     @abstractmethod
     def upload(self, path: str, local: Path) -> None:
@@ -73,6 +74,13 @@ class Store(ABC):
     @abstractmethod
     def local_path(self, path: str) -> Path | None:
         """Where the object lies on this machine (for memory mapping), None for a remote store."""
+
+    def apart(self) -> Self:
+        """The same store, its connections too, with a traffic of its own: what is asked through it is counted there alone."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.traffic = Traffic()
+        return other
 
     def exists(self, path: str) -> bool:
         """Whether there is an object at the path."""

@@ -44,7 +44,7 @@ class LocalStore(Store):
         data = self.read(path)
         return data, hashlib.sha256(data).hexdigest()
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes | memoryview) -> None:
         """See Store."""
         with self._translated(path), self._unfinished(path) as temporary:
             _write_synced(temporary, data)
@@ -173,7 +173,7 @@ def full(where: str, folder: Path) -> StorageFullError:
     )
 
 
-def _write_synced(file: Path, data: bytes) -> None:
+def _write_synced(file: Path, data: bytes | memoryview) -> None:
     with file.open("xb") as target:
         target.write(data)
         target.flush()

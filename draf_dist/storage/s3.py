@@ -23,7 +23,7 @@ from draf_dist.storage.base import MissingError, Store, checked
 from draf_dist.storage.retry import GivenUpError, RequestError, RetryPolicy, policy_from_environment, repeated, stall_timeout_s
 from draf_dist.storage.s3_errors import BEYOND_STATUS, RAISED, STALE_CODES, explained, request_error
 from draf_dist.storage.s3_ranges import CONNECT_TIMEOUT_S, Place, RangeReader, claim_process, forked
-from draf_dist.storage.s3_upload import WatchedBytes, WatchedFile, put
+from draf_dist.storage.s3_upload import Watched, WatchedBytes, WatchedFile, WatchedView, put
 from draf_dist.storage.traffic import Traffic
 
 Result = TypeVar("Result")
@@ -92,9 +92,9 @@ class S3Store(Store):
         self.traffic.add_read(len(data))
         return bytes(data), etag
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes | memoryview) -> None:
         """See Store."""
-        self._put(path, WatchedBytes(data))
+        self._put(path, WatchedView(data) if isinstance(data, memoryview) else WatchedBytes(data))
 
     def upload(self, path: str, local: Path) -> None:
         """See Store."""
@@ -183,7 +183,7 @@ class S3Store(Store):
             return self._writer(path) == writer
         return True
 
-    def _put(self, path: str, content: WatchedBytes | WatchedFile, **options: Any) -> None:
+    def _put(self, path: str, content: Watched, **options: Any) -> None:
         """One PUT, made again from its beginning while it fails."""
 
         def attempt() -> None:

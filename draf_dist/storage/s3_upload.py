@@ -43,6 +43,41 @@ class WatchedBytes(_Watched, io.BytesIO):
         return super().read(size)
 
 
+class WatchedView(_Watched, io.RawIOBase):
+    """Content in memory that is someone else's: no copy of it is made."""
+
+    def __init__(self, data: memoryview) -> None:
+        super().__init__()
+        self._data, self._position = data.cast("B"), 0
+        self.watch(len(self._data))
+
+    def readable(self) -> bool:
+        """See io.RawIOBase."""
+        return True
+
+    def seekable(self) -> bool:
+        """See io.RawIOBase."""
+        return True
+
+    def tell(self) -> int:
+        """See io.RawIOBase."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """See io.RawIOBase."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """See io.RawIOBase."""
+        self.read_at = time.monotonic()
+        stop = self.size if size is None or size < 0 else min(self._position + size, self.size)
+        data = bytes(self._data[self._position : stop])
+        self._position += len(data)
+        return data
+
+
 class WatchedFile(_Watched, io.FileIO):
     """The content of a file, which is read while it is sent."""
 
@@ -56,7 +91,10 @@ class WatchedFile(_Watched, io.FileIO):
         return super().read(-1 if size is None else size)
 
 
-def put(files: s3fs.S3FileSystem, key: str, content: WatchedBytes | WatchedFile, stall_timeout_s: float, **options: Any) -> None:
+Watched = WatchedBytes | WatchedView | WatchedFile
+
+
+def put(files: s3fs.S3FileSystem, key: str, content: Watched, stall_timeout_s: float, **options: Any) -> None:
     """One PUT of the content from its beginning; options are those of botocore's put_object.
 
     Raises:
@@ -70,7 +108,7 @@ def put(files: s3fs.S3FileSystem, key: str, content: WatchedBytes | WatchedFile,
     _wait(files, request, content, stall_timeout_s)
 
 
-def _wait(files: s3fs.S3FileSystem, request: Coroutine[Any, Any, Any], content: WatchedBytes | WatchedFile, limit_s: float) -> None:
+def _wait(files: s3fs.S3FileSystem, request: Coroutine[Any, Any, Any], content: Watched, limit_s: float) -> None:
     future = asyncio.run_coroutine_threadsafe(request, files.loop)
     while True:
         try:

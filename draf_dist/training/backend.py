@@ -1,24 +1,27 @@
 """Where a run computes: one process, or the ranks of a group. A matter of the profile, never of the job."""
 
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from draf_dist.training.engine import Engine
+from draf_dist.training.fragments import Fragment, WholeTensors
 from draf_dist.training.job import OptimizerConfig
+
+# Where nobody says how many cores there are to be had.
+DECODE_THREADS = 2
 
 
 class EngineFiles(Protocol):
     """How parameters and optimizer state get into the files of a checkpoint and back."""
 
-    def save(self, folder: Path) -> None:
-        """Writes them into an empty local folder, from all ranks."""
+    def fragments(self) -> list[Fragment]:
+        """What this rank owns, where it lies now; the ranks' fragments together are all, once. No rank waits for another."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, bit for bit."""
+    def load(self, state: WholeTensors) -> None:
+        """Restores what was saved by any number of ranks, bit for bit. Every rank calls it with the same state."""
         ...
 
 
@@ -43,6 +46,11 @@ class Backend(Protocol):
     @property
     def threads(self) -> int:
         """Threads of one operator. Part of what makes a run repeatable bit for bit."""
+        ...
+
+    @property
+    def decode_threads(self) -> int:
+        """Threads that decode samples. How fast they come, never what comes."""
         ...
 
     @property

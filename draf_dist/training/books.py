@@ -3,22 +3,25 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import Protocol
 
 from rich.console import Console
 
 from draf_dist.data.loader_stats import LoaderStats
-from draf_dist.schema.release import Receipt
 from draf_dist.training.backend import Backend
 from draf_dist.training.journal import Journal
 from draf_dist.training.ledger import FILE as LEDGER
-from draf_dist.training.ledger import Kind, Ledger, Outcome, SourceEpoch
+from draf_dist.training.ledger import Consumed, Kind, Ledger, Outcome, Supplied
 from draf_dist.training.loop import StepReport
 from draf_dist.training.progress import ProgressLine
 from draf_dist.training.run_folder import Fence, RunFolder
+from draf_dist.training.saving import SaveReport
 from draf_dist.training.schedule import EarlyStopping
 from draf_dist.training.stage import Stage, num_steps
 from draf_dist.training.tracking import Tracker
+from draf_dist.training.watch.health import Skipped
+from draf_dist.training.watch.stragglers import SlowRank
 
 
 class Books(Protocol):
@@ -33,6 +36,14 @@ class Books(Protocol):
         """Enters one step; its samples are those of the global batch. supply: of this rank, since the attempt began."""
         ...
 
+    def skipped(self, skipped: Skipped) -> None:
+        """Enters what is skipped, at once and for every later attempt."""
+        ...
+
+    def slow(self, found: SlowRank, step: int) -> None:
+        """Enters a rank that has turned out to be slow."""
+        ...
+
     def epoch(self, epoch: int, loss: float, numbers: dict[str, float], stopping: EarlyStopping, step: int) -> None:
         """Enters one validation; epoch counts epochs done."""
         ...
@@ -45,8 +56,12 @@ class Books(Protocol):
         """Raises GateError if a later attempt has taken the run over."""
         ...
 
-    def commit(self, step: int, receipts: dict[SourceEpoch, Receipt], supply: LoaderStats) -> None:
+    def commit(self, step: int, consumed: Consumed, supplied: Supplied) -> None:
         """Makes everything entered so far durable; and what was consumed, and what the loaders did, since the last commit."""
+        ...
+
+    def saved(self, report: SaveReport) -> None:
+        """Enters a checkpoint that has become durable."""
         ...
 
     def close(self, outcome: Outcome, stopping: EarlyStopping) -> None:
@@ -62,6 +77,12 @@ class NoBooks:
     def step(self, report: StepReport, supply: LoaderStats) -> None:
         """Nothing."""
 
+    def skipped(self, skipped: Skipped) -> None:
+        """Nothing."""
+
+    def slow(self, found: SlowRank, step: int) -> None:
+        """Nothing."""
+
     def epoch(self, epoch: int, loss: float, numbers: dict[str, float], stopping: EarlyStopping, step: int) -> None:
         """Nothing."""
 
@@ -71,7 +92,10 @@ class NoBooks:
     def check(self) -> None:
         """Nothing."""
 
-    def commit(self, step: int, receipts: dict[SourceEpoch, Receipt], supply: LoaderStats) -> None:
+    def commit(self, step: int, consumed: Consumed, supplied: Supplied) -> None:
+        """Nothing."""
+
+    def saved(self, report: SaveReport) -> None:
         """Nothing."""
 
     def close(self, outcome: Outcome, stopping: EarlyStopping) -> None:
@@ -94,9 +118,21 @@ class OpenBooks:
         """Enters one step."""
         self._ledger.spend("data_wait", report.wait_s)
         self._ledger.spend("step", report.compute_s)
-        self._tracker.step(report, supply)
-        self._progress.step(report)
+        if report.skipped is None:
+            self._tracker.step(report, supply)
+            self._progress.step(report)
+        else:
+            self.skipped(report.skipped)
         self._mark = time.perf_counter()
+
+    def skipped(self, skipped: Skipped) -> None:
+        """Enters what is skipped."""
+        self._fence.check()
+        self._ledger.note("skipped", **asdict(skipped))
+
+    def slow(self, found: SlowRank, step: int) -> None:
+        """Enters a rank that has turned out to be slow."""
+        self._ledger.note("slow", step=step, **asdict(found))
 
     def epoch(self, epoch: int, loss: float, numbers: dict[str, float], stopping: EarlyStopping, step: int) -> None:
         """Enters one validation."""
@@ -113,11 +149,15 @@ class OpenBooks:
         """Asks the fence."""
         self._fence.check()
 
-    def commit(self, step: int, receipts: dict[SourceEpoch, Receipt], supply: LoaderStats) -> None:
+    def commit(self, step: int, consumed: Consumed, supplied: Supplied) -> None:
         """Metrics first, the ledger last."""
         self._fence.check()
         self._tracker.flush()
-        self._ledger.commit(step, receipts, supply)
+        self._ledger.commit(step, consumed, supplied)
+
+    def saved(self, report: SaveReport) -> None:
+        """Enters a checkpoint that has become durable."""
+        self._ledger.saved(report)
 
     def close(self, outcome: Outcome, stopping: EarlyStopping) -> None:
         """The last line of the ledger."""
@@ -135,8 +175,7 @@ def open_books(
     with ExitStack() as stack:
         journal = Journal(folder.store, LEDGER)
         stack.callback(journal.close)
-        number = 1 + sum(line["event"] == "attempt" for line in journal.lines)
-        ledger = Ledger(journal, number, start, backend.world, backend.threads, began)
+        ledger = Ledger(journal, fence.attempt.number, start, backend.world, backend.threads, backend.decode_threads, began)
         ledger.open()
         tracker = stack.enter_context(Tracker(folder.store, start))
         epoch_steps = stage.plan.order.steps_per_epoch

@@ -1,190 +1,125 @@
-"""Checkpoints on any store: files first, a manifest with their size and sha256 last. No manifest, no checkpoint; no pickle ever.
+"""Checkpoints of a run on any store: found, read, verified. How they come to be: saving.py, and protocols/checkpoint.py.
 
-checkpoints/step-XXXXXXXX/ holds what the backend saved (parameters, optimizer state), state.json and manifest.json.
+checkpoints/step-XXXXXXXX-aNNNNNNN/ (step, attempt) holds rank-RRRRR.safetensors and rank-RRRRR.json of every rank that saved (see
+fragments.py), state.json, and manifest.json, which comes last. No manifest, no checkpoint; no pickle ever.
 """
 
 import hashlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
-from draf_dist.config.spec import canonical_json
 from draf_dist.errors import DataError, explain
-from draf_dist.schema.modality import Record
-from draf_dist.storage import Store
-from draf_dist.training.journal import room
+from draf_dist.protocols.attempts import of_step, valid_checkpoints
+from draf_dist.protocols.checkpoint import whole
+from draf_dist.protocols.names import CHECKPOINTS, MANIFEST, STATE, checkpoint_folder, checkpoint_name
+from draf_dist.protocols.operations import FileRecord, run_on
+from draf_dist.storage import MissingError, Store
+from draf_dist.training.fragments import WholeTensors
 from draf_dist.training.state import RunState
 
-FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
-STATE = "state.json"
-
-RecordT = TypeVar("RecordT", bound=Record)
-
-
-class FileRecord(Record):
-    """One file of a checkpoint."""
-
-    size_bytes: int
-    sha256: str
+FILES_AT_ONCE = 8
+TENSORS = ".safetensors"
+# Before checkpoints were saved by all ranks, and named by their attempt.
+_EARLIER = re.compile(rf"{CHECKPOINTS}/step-\d{{8}}/{MANIFEST}")
 
 
-class CheckpointManifest(Record):
-    """manifest.json: every other file of the folder."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory, every file of it verified."""
 
-    format: Literal[1] = 1
-    step: int
-    files: dict[str, FileRecord]
+    state: RunState
+    tensors: WholeTensors
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run. keep: how many of the newest stay; the best one stays besides."""
+    """Those of one run that may be continued from. keep: how many of the newest stay; keep_best: how many of the best by score."""
 
     store: Store
     keep: int
+    keep_best: int = 1
 
-    def commit(self, state: RunState, save: Callable[[Path], None], *, guard: Callable[[], None]) -> None:
-        """Writes a checkpoint; it counts from the moment its manifest is there.
-
-        save: writes the backend's files into an empty local folder. guard: raises if another attempt has taken the run over; asked
-        last, right before the manifest.
-
-        Raises:
-            StorageFullError: no room; what was written is no checkpoint.
-        """
-        prefix = folder_of(state.order.step)
-        self._remove(prefix)
-        with tempfile.TemporaryDirectory(prefix="draf-checkpoint-") as temporary:
-            folder = Path(temporary)
-            with room(folder):
-                save(folder)
-                (folder / STATE).write_bytes(canonical_json(state))
-            files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-            records = {name: FileRecord(size_bytes=path.stat().st_size, sha256=sha256_of(path)) for name, path in files.items()}
-            for name, path in files.items():
-                self.store.upload(f"{prefix}/{name}", path)
-        guard()
-        manifest = CheckpointManifest(step=state.order.step, files=records)
-        self.store.write(f"{prefix}/{MANIFEST}", canonical_json(manifest))
+    def ids(self) -> tuple[str, ...]:
+        """Ids of those that have a manifest, oldest first; whether their files are good is not known yet."""
+        return run_on(self.store, valid_checkpoints())
 
     def steps(self) -> list[int]:
-        """Steps of which there is a manifest, oldest first; whether their files are good is not known yet."""
-        found = (path.split("/") for path in self.store.list(FOLDER))
-        return sorted(int(parts[-2].removeprefix("step-")) for parts in found if parts[-1] == MANIFEST)
+        """Their steps, oldest first."""
+        return [checkpoint_name(checkpoint).step for checkpoint in self.ids()]
 
-    @contextmanager
-    def opened(self, step: int) -> Iterator[Path]:
-        """A local folder with the files of a checkpoint, every one verified; gone afterwards.
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of a step; the newest attempt's, where several have one.
+
+        Raises:
+            DataError: there is none, or it is broken.
+        """
+        found = of_step(self.ids(), step)
+        if found is None:
+            where = self.store.where(CHECKPOINTS)
+            raise DataError(explain(where, expected=f"one of step {step}", found="none", remedy="Start anew with --fresh."))
+        return self.read(found)
+
+    def read(self, checkpoint: str) -> Checkpoint:
+        """A checkpoint by its id. Every file is read once, several at a time.
+
+        All files together are in memory then, about three times the parameters: a caller lets go of them soon.
 
         Raises:
             DataError: a file is missing or is not what the manifest says; the message names it.
         """
-        prefix = folder_of(step)
-        manifest = self._manifest(prefix)
-        with tempfile.TemporaryDirectory(prefix="draf-checkpoint-") as temporary:
-            for name, record in manifest.files.items():
-                target = Path(temporary, name)
-                data = self._verified(f"{prefix}/{name}", record)
-                with room(Path(temporary)):
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(data)
-            yield Path(temporary)
+        files = self._files(checkpoint)
+        try:
+            run_on(self.store, whole(checkpoint), inspect=lambda store, path: files[path].record if path in files else None)
+        except DataError as error:
+            raise DataError(f"{self.store.url}/{error}") from error
+        folder = checkpoint_folder(checkpoint)
+        tensors = (file.data for path, file in files.items() if path.endswith(TENSORS))
+        return Checkpoint(self._state(checkpoint, files[f"{folder}/{STATE}"].data), WholeTensors(tensors, self.store.where(folder)))
 
-    def state_in(self, folder: Path, step: int) -> RunState:
-        """state.json of an opened checkpoint.
+    def score(self, checkpoint: str) -> float | None:
+        """The score that validation gave at a checkpoint; None if there was no validation, or its state can't be read."""
+        try:
+            return self._state(checkpoint, self.store.read(f"{checkpoint_folder(checkpoint)}/{STATE}")).score
+        except (MissingError, DataError):
+            return None
 
-        Raises:
-            DataError: it can't be read.
-        """
-        return _parse(RunState, (folder / STATE).read_bytes(), self.store.where(f"{folder_of(step)}/{STATE}"))
-
-    @contextmanager
-    def newest(self, warn: Callable[[str], None]) -> Iterator[tuple[RunState, Path] | None]:
-        """The newest checkpoint that is good, opened; None where the run has none yet. `warn` hears of every broken one.
+    def refuse_earlier_format(self) -> None:
+        """Refuses a run whose only checkpoints are of a format that is not read any more.
 
         Raises:
-            DataError: there are checkpoints and none is good.
+            DataError: it is one.
         """
-        steps = self.steps()
-        with ExitStack() as stack:
-            for step in reversed(steps):
-                try:
-                    folder = stack.enter_context(self.opened(step))
-                    state = self.state_in(folder, step)
-                except DataError as error:
-                    warn(str(error))
-                    continue
-                yield state, folder
-                return
-        if steps:
-            where = f"{self.store.url}/{FOLDER}"
-            found = f"{len(steps)}, all broken"
-            raise DataError(explain(where, expected="a good checkpoint", found=found, remedy="Start anew with --fresh."))
-        yield None
+        if not self.ids() and any(map(_EARLIER.fullmatch, self.store.list(CHECKPOINTS))):
+            expected, found = "checkpoints that all ranks wrote", "those of an earlier version of draf"
+            remedy = "Finish the run with that version, or start anew with --fresh."
+            raise DataError(explain(self.store.where(CHECKPOINTS), expected=expected, found=found, remedy=remedy))
 
-    def prune(self, best_step: int | None) -> None:
-        """Removes all but the newest `keep` and the best."""
-        for step in self.steps()[: -self.keep]:
-            if step != best_step:
-                self._remove(folder_of(step))
+    def _files(self, checkpoint: str) -> dict[str, "_File"]:
+        """What lies in a checkpoint's folder besides records, by path."""
+        paths = [path for path in self.store.list(checkpoint_folder(checkpoint)) if path.endswith((TENSORS, f"/{STATE}"))]
+        with ThreadPoolExecutor(FILES_AT_ONCE, "checkpoint-read") as pool:
+            found = pool.map(self._file, paths)
+            return {path: file for path, file in zip(paths, found, strict=True) if file is not None}
 
-    def discard_past(self, step: int) -> None:
-        """Removes every checkpoint past the one that a run continues from, and all that were never finished.
+    def _file(self, path: str) -> "_File | None":
+        try:
+            data = self.store.read(path)
+        except MissingError:
+            return None
+        return _File(data, FileRecord(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
 
-        Those past it are broken. Left there they would count as the newest, and `prune` would remove the good ones instead.
-        """
-        stay = {folder_of(there) for there in self.steps() if there <= step}
-        found = {"/".join(path.split("/")[:2]) for path in self.store.list(FOLDER) if path.count("/") > 1}
-        for prefix in sorted(found - stay):
-            self._remove(prefix)
-
-    def _manifest(self, prefix: str) -> CheckpointManifest:
-        path = f"{prefix}/{MANIFEST}"
-        return _parse(CheckpointManifest, self.store.read(path), self.store.where(path))
-
-    def _verified(self, path: str, record: FileRecord) -> bytes:
-        if not self.store.exists(path):
-            raise DataError(_broken(self.store.where(path), "nothing"))
-        data = self.store.read(path)
-        if len(data) != record.size_bytes:
-            raise DataError(_broken(self.store.where(path), f"{len(data)} bytes instead of {record.size_bytes}"))
-        if hashlib.sha256(data).hexdigest() != record.sha256:
-            raise DataError(_broken(self.store.where(path), "other bytes"))
-        return data
-
-    def _remove(self, prefix: str) -> None:
-        # The manifest goes first: what is half removed must not look like a checkpoint.
-        for path in sorted(self.store.list(prefix), key=lambda path: not path.endswith(f"/{MANIFEST}")):
-            self.store.delete(path)
-        local = self.store.local_path(prefix)
-        if local is not None and local.is_dir():
-            shutil.rmtree(local)
+    def _state(self, checkpoint: str, data: bytes) -> RunState:
+        try:
+            return RunState.model_validate_json(data)
+        except ValidationError as error:
+            where, found = self.store.where(f"{checkpoint_folder(checkpoint)}/{STATE}"), "something that can't be read"
+            raise DataError(explain(where, expected="a run's state", found=found, remedy="This checkpoint is not used.")) from error
 
 
-def folder_of(step: int) -> str:
-    """Where the checkpoint of a step lies in the run folder."""
-    return f"{FOLDER}/step-{step:08d}"
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _broken(where: str, found: str) -> str:
-    return explain(where, expected="what the checkpoint's manifest says", found=found, remedy="This checkpoint is not used.")
-
-
-def _parse(model: type[RecordT], data: bytes, where: str) -> RecordT:
-    try:
-        return model.model_validate_json(data)
-    except ValidationError as error:
-        raise DataError(_broken(where, "something that can't be read")) from error
+@dataclass(frozen=True)
+class _File:
+    data: bytes
+    record: FileRecord

@@ -1,33 +1,25 @@
-"""Many processes with DeepSpeed: ZeRO 0-3 over torch.distributed, gloo on CPU and NCCL on GPU.
-
-A checkpoint holds whole tensors under the names that TorchFiles uses, so it can be read by any number of ranks, any ZeRO stage
-and one process; no pickle. All ranks gather, rank 0 writes.
-"""
+"""Many processes with DeepSpeed: ZeRO 0-3 over torch.distributed, gloo on CPU and NCCL on GPU."""
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import WARNING, LogRecord
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import get_total_norm
 
 from draf_dist.errors import SpecError, explain
+from draf_dist.training.backend import DECODE_THREADS
 from draf_dist.training.bf16 import compute_in_bf16
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
+from draf_dist.training.deepspeed_files import DeepSpeedFiles
 from draf_dist.training.job import OptimizerConfig
 from draf_dist.training.not_imported import not_imported
 from draf_dist.training.reached import Reached
-from draf_dist.training.torch_engine import MODEL_FILE, OPTIMIZER_FILE, load_weights
 
 # DeepSpeed's autotuner imports MLflow wherever it is installed: a quarter of the time that a rank takes to start.
 with not_imported("mlflow"):
@@ -35,10 +27,8 @@ with not_imported("mlflow"):
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from deepspeed.runtime.utils import register_output_backward_hooks
-    from deepspeed.utils import logger, safe_get_full_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
+    from deepspeed.utils import logger
 
-# Adam's state beside its step counter.
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # ZeRO 3 leaves parameters with fewer elements whole: gathering them costs more than it saves.
 WHOLE_BELOW = 100_000
 # Gradient elements that are reduced at once.
@@ -97,116 +87,6 @@ class DeepSpeedEngine:
 
 
 @dataclass(frozen=True)
-class DeepSpeedFiles:
-    """Parameters and optimizer state as whole tensors, whatever the ranks share among them."""
-
-    engine: Any
-    zero_stage: int
-
-    def save(self, folder: Path) -> None:
-        """Gathers tensor by tensor on all ranks; rank 0 keeps them, and writes into its local folder."""
-        first = dist.get_rank() == 0
-        for name, gathered in ((MODEL_FILE, self._weights()), (OPTIMIZER_FILE, self._optimizer_state())):
-            # Every rank runs through the iterator: what is in it is gathered on the way.
-            whole = {key: _stored(value) for key, value in gathered if first}
-            if first:
-                (folder / name).write_bytes(to_safetensors(whole))
-        dist.barrier()
-
-    def load(self, folder: Path) -> None:
-        """Restores what `save` or TorchFiles wrote, bit for bit; every rank reads both files.
-
-        Raises:
-            DataError: the checkpoint holds other parameters than the model.
-        """
-        module, optimizer = self.engine.module, self.engine.optimizer
-        with self._gathered(list(module.parameters()), modified=True):
-            load_weights(module, folder / MODEL_FILE)
-        if self.zero_stage > 0:
-            optimizer.refresh_fp32_params()
-        with safe_open(folder / OPTIMIZER_FILE, framework="pt") as stored:
-            steps = [stored.get_tensor(key) for key in stored.keys() if key.startswith("step.")]  # noqa: SIM118
-            if not steps:
-                return
-            self._make_optimizer_state(torch.stack(steps).max())
-            for name, parameter in self._trained():
-                for kind in MOMENTS:
-                    self._set_moment(parameter, kind, stored.get_tensor(f"{kind}.{name}").to(self.engine.device))
-
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self.engine.module.state_dict(keep_vars=True).items():
-            with self._gathered([value] if isinstance(value, nn.Parameter) else [], modified=False):
-                yield name, value
-
-    def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
-        """As TorchFiles names it; nothing before the first step."""
-        state = self._state()
-        held = next((state[owner] for owner in self._owners() if owner in state and state[owner]), None)
-        if held is None:
-            return
-        for name, parameter in self._trained():
-            yield f"step.{name}", held["step"]
-            for kind in MOMENTS:
-                yield f"{kind}.{name}", self._moment(parameter, kind)
-
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, parameter) for name, parameter in self.engine.module.named_parameters() if parameter.requires_grad)
-
-    def _state(self) -> Mapping[Tensor, dict[str, Tensor]]:
-        optimizer = self.engine.optimizer if self.zero_stage == 0 else self.engine.optimizer.optimizer
-        state: Mapping[Tensor, dict[str, Tensor]] = optimizer.state
-        return state
-
-    def _moment(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        moment: Tensor
-        if self.zero_stage == 0:
-            moment = self.engine.optimizer.state[parameter][kind]
-        else:
-            moment = safe_get_full_optimizer_state(parameter, kind)
-        return moment
-
-    def _set_moment(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        if self.zero_stage == 0:
-            self.engine.optimizer.state[parameter][kind].copy_(value)
-        elif self.zero_stage < 3:
-            safe_set_full_optimizer_state(parameter, value, kind)
-        else:
-            # DeepSpeed's setter of whole tensors fails where a parameter can't be cut evenly; its parts are of one size, padded.
-            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-            padded = functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
-            safe_set_local_optimizer_state(parameter, padded.narrow(0, size * dist.get_rank(), size), kind)
-
-    def _owners(self) -> list[Tensor]:
-        """The tensors that Adam keeps state of: flat parts of the parameters under ZeRO."""
-        optimizer = self.engine.optimizer
-        if self.zero_stage == 0:
-            return [parameter for _, parameter in self._trained()]
-        flat: list[Tensor] = (
-            optimizer.fp32_partitioned_groups_flat if self.zero_stage == 3 else optimizer.single_partition_of_fp32_groups
-        )
-        return flat
-
-    def _make_optimizer_state(self, step: Tensor) -> None:
-        """State as after the first step, which an engine that never stepped does not have yet."""
-        state = self._state()
-        for owner in self._owners():
-            for kind in MOMENTS:
-                state[owner].setdefault(kind, torch.zeros_like(owner)).zero_()
-            state[owner]["step"] = step.clone()
-        if self.zero_stage in (1, 2):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    @contextmanager
-    def _gathered(self, parameters: list[nn.Parameter], *, modified: bool) -> Iterator[None]:
-        """Parameters whole while entered; if modified, what rank 0 left in them stays."""
-        if self.zero_stage < 3 or not parameters:
-            yield
-            return
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modified else None):
-            yield
-
-
-@dataclass(frozen=True)
 class DeepSpeedRanks:
     """This process as one rank of the default process group, which whoever started it has set up.
 
@@ -217,6 +97,7 @@ class DeepSpeedRanks:
     config: DeepSpeedConfig
     device: torch.device
     threads: int = 1
+    decode_threads: int = DECODE_THREADS
 
     def __post_init__(self) -> None:
         if not dist.is_initialized():
@@ -319,7 +200,3 @@ def _from_all(values: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, values)
     return parts
-
-
-def _stored(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()

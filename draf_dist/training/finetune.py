@@ -1,16 +1,15 @@
 """The stage of fine-tuning: a fusion model on labelled studies."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from draf_dist import noise
 from draf_dist.data.corruption import Corruptor
-from draf_dist.data.loader import Loader, evaluation_batches
+from draf_dist.data.loader import Loader, SplitLoader
 from draf_dist.data.normalise import Normaliser
 from draf_dist.data.release import Release
 from draf_dist.errors import DataError, SpecError, explain
@@ -77,12 +76,12 @@ class Finetuning:
             accumulation=backend.accumulation,
         )
 
-    def validate(self, module: nn.Module, backend: Backend) -> dict[str, float]:
+    def validate(self, module: nn.Module, backend: Backend, split: SplitLoader) -> dict[str, float]:
         """Sets what the model learns from validation besides its loss, then measures there."""
-        calibrate(module, self.calibration(backend))
-        return validate(module, self.validation(backend), self.prepared, self.job.passes_eval, backend.gather)
+        calibrate(module, self.calibration(split.batches()))
+        return validate(module, split.batches(), self.prepared, self.job.passes_eval, backend.gather)
 
-    def export(self, weights: Path) -> dict[str, bytes]:
+    def export(self, weights: Mapping[str, Tensor]) -> dict[str, bytes]:
         """The exchange form of the model."""
         model = new_model(self.job, self.release)
         load_weights(model, weights)
@@ -99,19 +98,21 @@ class Finetuning:
         observed = batch.target.observed & has_label(self.job, batch.uid)
         return replace(batch, target=replace(batch.target, label=torch.where(observed, batch.target.label, 0), observed=observed))
 
-    def validation(self, backend: Backend) -> Iterator[Batch]:
-        """This rank's part of the validation split, as loaded."""
-        return evaluation_batches(self.release, "val", self.job.batch_size, rank=backend.rank, world=backend.world)
+    def validation(self, backend: Backend) -> SplitLoader:
+        """This rank's part of the validation split."""
+        return self.plan.validation(backend, self.job)
 
-    def calibration(self, backend: Backend) -> Iterator[tuple[Batch, Tensor]]:
-        """The same, prepared, with evaluation keys."""
-        for batch in self.validation(backend):
+    def calibration(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        """Batches as loaded, prepared, with evaluation keys."""
+        for batch in batches:
             prepared = self.prepared(batch)
             yield prepared, evaluation_keys(prepared, self.job.passes_eval)
 
 
-def build_finetuning(job: FinetuneJob, release: Release, device: torch.device) -> Finetuning:
+def build_finetuning(job: FinetuneJob, release: Release, device: torch.device, run: str | None = None) -> Finetuning:
     """Everything a run needs, with the parameters that the seed and the pre-trained encoders give, or an earlier run.
+
+    run: its URL, once there is one.
 
     Raises:
         SpecError: label_fraction leaves no label; an encoder or an earlier run that is not there or does not fit; see build_plan.
@@ -127,7 +128,7 @@ def build_finetuning(job: FinetuneJob, release: Release, device: torch.device) -
         release=release,
         device=device,
         model=model,
-        plan=build_plan(job, release),
+        plan=build_plan(job, release, run),
         stats=stats,
         normaliser=normaliser,
         corruptor=Corruptor(job.corruption, normaliser, seed=job.seed),

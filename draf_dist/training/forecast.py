@@ -1,6 +1,7 @@
 """What a job will read, before it reads: steps, rows, shuffle quality, working set, requests (docs/planning.md)."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -8,13 +9,15 @@ import numpy as np
 
 from draf_dist.data.loader import Reading
 from draf_dist.data.order import Order, rank_entries
+from draf_dist.data.patch_reads import most_read
 from draf_dist.data.permutation import IntArray
 from draf_dist.data.pipeline import reach
 from draf_dist.data.release import Release
 from draf_dist.data.remote_shards import BLOCK_BYTES
 from draf_dist.data.shards import ShardIndex
 from draf_dist.data.shuffle_quality import MAX_BATCHES, steps_to_measure, variance_ratio
-from draf_dist.data.working_set import epoch_fetch, open_blocks, step_fetch
+from draf_dist.data.working_set import Fetch, epoch_fetch, open_blocks, step_fetch
+from draf_dist.schema.modality import VolumeSpec
 from draf_dist.schema.release import ShardRecord
 from draf_dist.training.plan import Source, TrainingPlan
 
@@ -29,8 +32,9 @@ Progress = Callable[[int, int], None]
 class SourceForecast:
     """One source of the plan. per epoch of its own: num_samples, read_bytes, blocks, which is the most requests.
 
-    share: of a batch, in samples. window: samples of a group that are shuffled together. site_quality, label_quality: variance
-    over that of a full shuffle, on quality_batches batches; None where there is only one kind, or no full batch.
+    volumes: the most bytes and requests (as blocks) of its patches, which come on top. share: of a batch, in samples. window:
+    samples of a group that are shuffled together. site_quality, label_quality: variance over that of a full shuffle, on
+    quality_batches batches; None where there is only one kind, or no full batch.
     """
 
     name: str
@@ -38,6 +42,7 @@ class SourceForecast:
     num_shards: int
     read_bytes: int
     blocks: int
+    volumes: Fetch
     share: int
     groups: int
     window: int
@@ -52,7 +57,9 @@ class Forecast:
     """What every rank and the node's cache will meet.
 
     epoch_bytes, epoch_blocks: of all sources in the steps between two validations, each block fetched once in an epoch of its
-    source. working_set_bytes: of blocks that are open at once, an upper bound. order_bytes: memory of the order in a process.
+    source. working_set_bytes, working_set_blocks: of what training has open at once, an upper bound; validation_bytes: of what
+    validation has besides; needed_bytes: both, which a run asks of the cache. order_bytes: memory of the order in a process.
+    epoch_volumes, step_volumes: the most bytes and requests (as blocks) of patches, which no cache keeps.
     """
 
     batch_size: int
@@ -65,10 +72,14 @@ class Forecast:
     ahead_steps: int
     working_set_bytes: int
     working_set_blocks: int
+    validation_bytes: int
+    needed_bytes: int
     epoch_bytes: int
     epoch_blocks: int
     first_batch_bytes: int
     first_batch_blocks: int
+    epoch_volumes: Fetch
+    step_volumes: Fetch
     order_bytes: int
     sources: tuple[SourceForecast, ...]
 
@@ -104,10 +115,14 @@ def forecast(plan: TrainingPlan, world: int = 1, on_progress: Progress = lambda 
         ahead_steps=ahead,
         working_set_bytes=held.bytes,
         working_set_blocks=held.blocks,
+        validation_bytes=plan.validation_bytes,
+        needed_bytes=held.bytes + plan.validation_bytes,
         epoch_bytes=round(sum(source.read_bytes * times for source, times in zip(sources, epochs, strict=True))),
         epoch_blocks=round(sum(source.blocks * times for source, times in zip(sources, epochs, strict=True))),
         first_batch_bytes=first.bytes,
         first_batch_blocks=first.blocks,
+        epoch_volumes=_times([source.volumes for source in sources], epochs),
+        step_volumes=_times([_of_a_sample(plan.release)], [order.batch_size]),
         order_bytes=sum(part.memory_bytes for part in order.cut_orders),
         sources=sources,
     )
@@ -129,6 +144,7 @@ def _source(source: Source, order: Order, working_set_bytes: int, on_progress: P
         num_shards=len(shards),
         read_bytes=fetch.bytes,
         blocks=fetch.blocks,
+        volumes=_volumes(source.release, order.num_samples),
         share=order.batch_size,
         groups=order.num_groups,
         window=int(windows.max()),
@@ -137,6 +153,23 @@ def _source(source: Source, order: Order, working_set_bytes: int, on_progress: P
         label_quality=label,
         quality_batches=num_batches,
     )
+
+
+def _volumes(release: Release, num_samples: int) -> Fetch:
+    """What the patches of so many training samples take at most. Of a view of a release it is known how many samples it has."""
+    reads = [(spec.name, most_read(spec)) for spec in release.schema.modalities if isinstance(spec, VolumeSpec)]
+    present = [min(num_samples, sum(site["train"][name] for site in release.manifest.counts.values())) for name, _ in reads]
+    return _times([read for _, read in reads], present)
+
+
+def _of_a_sample(release: Release) -> Fetch:
+    reads = [most_read(spec) for spec in release.schema.modalities if isinstance(spec, VolumeSpec)]
+    return _times(reads, [1] * len(reads))
+
+
+def _times(reads: Sequence[Fetch], times: Sequence[float]) -> Fetch:
+    pairs = list(zip(reads, times, strict=True))
+    return Fetch(math.ceil(sum(read.bytes * n for read, n in pairs)), math.ceil(sum(read.blocks * n for read, n in pairs)))
 
 
 def _qualities(release: Release, order: Order, on_progress: Progress) -> tuple[float | None, float | None, int]:

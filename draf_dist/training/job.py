@@ -13,6 +13,7 @@ from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.objectives.fusion import FusionObjectiveConfig
 from draf_dist.storage import has_credentials
+from draf_dist.training.watch.bad_loss import BadLoss
 
 VERSION = r"^[0-9a-f]{16}$"
 PINNED = re.compile(r"@(?:[0-9a-f]{16}|[0-9a-f]{64})$")
@@ -28,10 +29,15 @@ class OptimizerConfig(Spec):
 
 
 class CheckpointConfig(Spec):
-    """A checkpoint is written after every epoch, and within epochs every `every_steps`; the newest `keep` and the best stay."""
+    """A checkpoint is written after every epoch, and within epochs every `every_steps`; the newest `keep` stay.
+
+    keep_best: so many of the best by the score of validation stay besides.
+    """
 
     every_steps: int = Field(200, ge=1)
     keep: int = Field(2, ge=1)
+    # Left out of the stored form where it is not set: jobs from before there was such a thing keep their names.
+    keep_best: int = Field(1, ge=1, exclude_if=lambda kept: kept == 1)
 
 
 class Replay(Spec):
@@ -51,6 +57,7 @@ class TrainJob(Spec):
 
     release: URL, or URL@version; a run pins the version. groups, open_samples: see docs/order.md. patience: epochs without a lower
     validation score after which training stops. bad_data: what happens to a member that can't be used, see docs/loader.md.
+    on_bad_loss: what happens at a step whose loss or gradient is bad, see docs/troubleshooting.md.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
@@ -65,6 +72,7 @@ class TrainJob(Spec):
     checkpoint: CheckpointConfig = CheckpointConfig()
     # Left out of the stored form where it is not set: jobs from before there was such a thing keep their names.
     bad_data: BadData = Field(BadData(), exclude_if=lambda rule: rule == BadData())
+    on_bad_loss: BadLoss = Field(BadLoss(), exclude_if=lambda rule: rule == BadLoss())
 
     @field_validator("release")
     @classmethod

@@ -1,17 +1,21 @@
 """ledger.jsonl: attempts, what each of them consumed, and where wall time went.
 
 Lines, by `event`:
-  attempt   attempt, start (steps done when it began), world, threads, time (seconds since 1970)
-  commit    attempt, start, stop (steps [start, stop)), world, receipts {source epoch: {count, uid_sum}}, data {cache_hits, ...,
-            left_out: see loader_stats}, seconds {kind: s}, time
+  attempt   attempt, start (steps done when it began), world, threads, decode_threads, time (seconds since 1970)
+  commit    attempt, start, stop (steps [start, stop)), world, receipts {source epoch: {count, uid_sum}}, left_out {source epoch:
+            samples that the order gave and that were left out}, data {cache_hits, ...: see loader_stats}, validation (the same of
+            validation), seconds {kind: s}, time
             (a source epoch is "3", or "new:3" and "old:3" of a run with replay: every source counts its own)
+  skipped   attempt, start, stop (the updates of steps [start, stop) are skipped), why, time; holds for every later attempt
+  slow      attempt, step, rank, own_s and others_s (a step), of (what: data, or its forward), time
+  save      attempt, step, size_bytes, snapshot_s, upload_s, commit_s of a checkpoint that has become durable: see saving.SaveReport
   end       attempt, outcome (finished | interrupted), steps, best_loss (of validation), best_step, seconds, time
 A commit is written just before its checkpoint, so a kill between the two leaves a commit that no checkpoint backs. The attempt
 that follows says where it really began, and whatever was consumed past that point is consumed again: such commits do not count.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -19,6 +23,7 @@ from draf_dist.data.loader_stats import LoaderStats
 from draf_dist.data.receipts import add_receipts
 from draf_dist.schema.release import Receipt
 from draf_dist.training.journal import Journal, Line
+from draf_dist.training.saving import SaveReport
 
 FILE = "ledger.jsonl"
 Kind = Literal["startup", "data_wait", "step", "validate", "checkpoint", "idle"]
@@ -28,6 +33,22 @@ NOTHING = Receipt(count=0, uid_sum="0" * 16)
 SourceEpoch = tuple[str, int]
 # The name of the source of a run that has one only.
 ONLY = ""
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """What all ranks consumed between two commits, by source epoch: what was used, and how many samples were left out."""
+
+    receipts: Mapping[SourceEpoch, Receipt]
+    left_out: Mapping[SourceEpoch, int]
+
+
+@dataclass(frozen=True)
+class Supplied:
+    """What the loaders of all ranks did between two commits, for training and for validation."""
+
+    training: LoaderStats
+    validation: LoaderStats
 
 
 def effective_commits(lines: Iterable[Line]) -> list[Line]:
@@ -46,9 +67,18 @@ def receipts_by_source(lines: Iterable[Line]) -> dict[SourceEpoch, Receipt]:
     totals: dict[SourceEpoch, Receipt] = {}
     for commit in effective_commits(lines):
         for key, stored in commit["receipts"].items():
-            name, _, epoch = key.rpartition(":")
-            part = Receipt.model_validate(stored)
-            totals[name, int(epoch)] = add_receipts(totals.get((name, int(epoch)), NOTHING), part)
+            of = _source_epoch(key)
+            totals[of] = add_receipts(totals.get(of, NOTHING), Receipt.model_validate(stored))
+    return totals
+
+
+def left_out_by_source(lines: Iterable[Line]) -> dict[SourceEpoch, int]:
+    """How many samples of every epoch of every source the order gave and the run left out, over all attempts."""
+    totals: dict[SourceEpoch, int] = {}
+    for commit in effective_commits(lines):
+        for key, count in commit.get("left_out", {}).items():
+            of = _source_epoch(key)
+            totals[of] = totals.get(of, 0) + count
     return totals
 
 
@@ -62,10 +92,19 @@ def source_epoch_name(source: str, epoch: int) -> str:
     return str(epoch) if source == ONLY else f"{source}:{epoch}"
 
 
-def supply_of(lines: Iterable[Line]) -> LoaderStats:
+def _source_epoch(name: str) -> SourceEpoch:
+    source, _, epoch = name.rpartition(":")
+    return source, int(epoch)
+
+
+def supply_of(lines: Iterable[Line]) -> Supplied:
     """What the loaders of all ranks did in all attempts, as far as it was committed, and what was read twice with it."""
-    commits = (line.get("data", {}) for line in lines if line["event"] == "commit")
-    return sum((LoaderStats(**data) for data in commits), LoaderStats())
+    commits = [line for line in lines if line["event"] == "commit"]
+    return Supplied(*(_total(line.get(part, {}) for line in commits) for part in ("data", "validation")))
+
+
+def _total(parts: Iterable[dict[str, int]]) -> LoaderStats:
+    return sum((LoaderStats(**part) for part in parts), LoaderStats())
 
 
 def seconds_by_kind(lines: Iterable[Line]) -> dict[str, float]:
@@ -86,6 +125,7 @@ class Ledger:
     start: int
     world: int
     threads: int
+    decode_threads: int
     began: float = field(default_factory=time.perf_counter)
     _seconds: dict[str, float] = field(default_factory=dict)
     _position: int = 0
@@ -94,21 +134,32 @@ class Ledger:
         """Writes that the attempt began."""
         self._since = self.began
         self._position = self.start
-        self._write("attempt", start=self.start, world=self.world, threads=self.threads)
+        threads = {"threads": self.threads, "decode_threads": self.decode_threads}
+        self._write("attempt", start=self.start, world=self.world, **threads)
 
     def spend(self, kind: Kind, seconds: float) -> None:
         """Books wall time."""
         self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
 
-    def commit(self, stop: int, consumed: dict[SourceEpoch, Receipt], supply: LoaderStats) -> None:
-        """Writes what was consumed since the last commit, [position, stop): a receipt by source epoch, over all ranks.
-
-        supply: what the loaders did for it, over all ranks.
-        """
-        receipts = {source_epoch_name(*of): part.model_dump() for of, part in sorted(consumed.items())}
-        facts = {"receipts": receipts, "data": asdict(supply), "seconds": self._settle()}
+    def commit(self, stop: int, consumed: Consumed, supplied: Supplied) -> None:
+        """Writes what was consumed since the last commit, [position, stop), and what the loaders did for it."""
+        receipts = {source_epoch_name(*of): part.model_dump() for of, part in sorted(consumed.receipts.items())}
+        left_out = {source_epoch_name(*of): count for of, count in sorted(consumed.left_out.items())}
+        read = {"data": asdict(supplied.training), "validation": asdict(supplied.validation)}
+        facts = {"receipts": receipts, "left_out": left_out, **read, "seconds": self._settle()}
         self._write("commit", start=self._position, stop=stop, world=self.world, **facts)
         self._position = stop
+
+    def note(self, event: Literal["skipped", "slow"], **facts: object) -> None:
+        """Writes what happened, unless it is known: an attempt that does steps again meets the same."""
+        known = {"event": event, **facts}
+        if not any(known.items() <= line.items() for line in self.journal.lines):
+            self._write(event, **facts)
+
+    def saved(self, report: SaveReport) -> None:
+        """Enters a checkpoint that has become durable; the line is, with the next commit."""
+        facts = {name: round(value, 6) for name, value in asdict(report).items()}
+        self.journal.append(self._line("save", **facts))
 
     def close(self, outcome: Outcome, *, best_loss: float | None, best_step: int | None) -> None:
         """Writes how the attempt ended."""
@@ -122,5 +173,8 @@ class Ledger:
         return {kind: round(value, 6) for kind, value in seconds.items()}
 
     def _write(self, event: str, **facts: object) -> None:
-        self.journal.append({"event": event, "attempt": self.attempt, **facts, "time": round(time.time(), 3)})
+        self.journal.append(self._line(event, **facts))
         self.journal.flush()
+
+    def _line(self, event: str, **facts: object) -> Line:
+        return {"event": event, "attempt": self.attempt, **facts, "time": round(time.time(), 3)}

@@ -4,17 +4,17 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from draf_dist.errors import DrafError, explain
 from draf_dist.losses.gather import Embeddings
 from draf_dist.schema.batch import Batch, Term
 from draf_dist.training.engine import Engine
 from draf_dist.training.state import TrainState
+from draf_dist.training.watch.health import Health, Skipped
 
 # A batch with its noise keys (S, B).
 Part = tuple[Batch, Tensor]
@@ -50,8 +50,10 @@ class StepReport:
     """What one optimizer step did.
 
     step: optimizer steps done so far, this one included. loss: what was minimised; terms: its parts before scaling, each a mean
-    over the global batch. samples: rows of this rank without padding; uids, epochs: int64, of those rows. gradient_norm: before
-    clipping. wait_s, compute_s: seconds spent waiting for data and computing.
+    over the global batch. samples: rows of this rank without padding. uids, epochs: int64 (B,), row i is entry i of the rank's cut
+    of the global batch; uid -1 where it was left out, and past the cut. gradient_norm: before clipping. wait_s, compute_s: seconds
+    spent waiting for data and computing. skipped: why there was no update; then nothing was computed after the loss, or not even
+    that, and what was not is NaN.
     """
 
     step: int
@@ -64,6 +66,7 @@ class StepReport:
     epochs: Tensor
     wait_s: float
     compute_s: float
+    skipped: Skipped | None = None
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,17 @@ def train_steps(
     batches: Iterable[tuple[int, Batch]],
     objective: Objective | CoupledObjective,
     rules: StepRules,
+    health: Health | None = None,
 ) -> Iterator[StepReport]:
     """One optimizer step per batch, one report per step; `state.step` moves on with each.
 
+    health: what is done about bad steps, and which ones are skipped; without it a bad one ends everything.
+
     Raises:
         DrafError: the loss or the gradient is not finite; the last checkpoint is from before.
+        BadStep: the same, and `health` asks to roll back.
     """
+    health = health or Health()
     engine.module.train()
     began = time.perf_counter()
     for step, batch in batches:
@@ -100,35 +108,52 @@ def train_steps(
             raise ValueError(f"the loader is at step {step}, the optimizer at {state.step}")
         loaded = time.perf_counter()
         learning_rate = rules.learning_rate(step)
-        means, loss = _accumulate(engine, rules.prepare(batch), objective, rules)
-        if not math.isfinite(loss):
-            raise _diverged(step, "loss", loss)
-        norm = engine.step(learning_rate)
-        if not math.isfinite(norm):
-            raise _diverged(step, "gradient", norm)
+        done = _step(engine, (step, batch), objective, rules, health)
         state.step = step + 1
         rows = batch.weight > 0
         computed = time.perf_counter()
         yield StepReport(
             step=state.step,
-            loss=loss,
-            terms=means,
+            loss=done.loss,
+            terms=done.terms,
             learning_rate=learning_rate,
-            gradient_norm=norm,
+            gradient_norm=done.gradient_norm,
             samples=int(rows.sum()),
-            uids=batch.uid[rows].cpu(),
-            epochs=batch.epoch[rows].cpu(),
+            uids=torch.where(rows, batch.uid, -1).cpu(),
+            epochs=batch.epoch.cpu(),
             wait_s=loaded - began,
             compute_s=computed - loaded,
+            skipped=done.skipped,
         )
         # What the caller did meanwhile (validation, a checkpoint) is no waiting for data.
         began = time.perf_counter()
 
 
-def _diverged(step: int, what: str, value: float) -> DrafError:
-    return DrafError(
-        explain(f"step {step}", expected=f"a finite {what}", found=str(value), remedy="Lower optimizer.learning_rate.")
-    )
+@dataclass(frozen=True)
+class _Done:
+    """A step, up to where it was skipped."""
+
+    loss: float = math.nan
+    terms: dict[str, float] = field(default_factory=dict)
+    gradient_norm: float = math.nan
+    skipped: Skipped | None = None
+
+
+def _step(
+    engine: Engine, batch: tuple[int, Batch], objective: Objective | CoupledObjective, rules: StepRules, health: Health
+) -> _Done:
+    step, rows = batch
+    known = health.skipped_at(step)
+    if known is not None:
+        return _Done(skipped=known)
+    terms, loss, why = _accumulate(engine, rules.prepare(rows), objective, rules, health)
+    if why is not None:
+        return _Done(loss, terms, skipped=health.skip_or_raise(step, why))
+    norm = engine.step(rules.learning_rate(step))
+    why = health.judge("gradient", norm)
+    if why is not None:
+        raise health.bad(step, why)
+    return _Done(loss, terms, norm)
 
 
 def micro_batches(batch: Batch, num: int) -> Iterator[Batch]:
@@ -138,43 +163,45 @@ def micro_batches(batch: Batch, num: int) -> Iterator[Batch]:
 
 
 def _accumulate(
-    engine: Engine, batch: Batch, objective: Objective | CoupledObjective, rules: StepRules
-) -> tuple[dict[str, float], float]:
-    """Backward over all micro-batches; the global mean of every term, and the loss."""
+    engine: Engine, batch: Batch, objective: Objective | CoupledObjective, rules: StepRules, health: Health
+) -> tuple[dict[str, float], float, str | None]:
+    """Backward over all micro-batches, unless the loss is bad; the global mean of every term, the loss, and why it is bad."""
     parts = [(part, rules.keys(part)) for part in micro_batches(batch, rules.accumulation)]
     if isinstance(objective, CoupledObjective):
-        seen, weights = _accumulate_coupled(engine, parts, objective, rules)
-    else:
-        seen, weights = _accumulate_rows(engine, parts, objective, rules)
-    numerators = _summed(seen, lambda term: term.numerator, rules)
-    means = {name: numerators[name] * _inverse(weights[name]) for name in numerators}
-    scales = {name: term.scale for terms in seen for name, term in terms.items()}
-    return means, sum(scales[name] * mean for name, mean in means.items())
+        return _accumulate_coupled(engine, parts, objective, rules, health)
+    return _accumulate_rows(engine, parts, objective, rules, health)
 
 
 def _accumulate_rows(
-    engine: Engine, parts: Sequence[Part], objective: Objective, rules: StepRules
-) -> tuple[list[dict[str, Term]], dict[str, float]]:
-    """Backward over terms that are sums over rows; the terms of all parts, and their global weights."""
-    weights = None
+    engine: Engine, parts: Sequence[Part], objective: Objective, rules: StepRules, health: Health
+) -> tuple[dict[str, float], float, str | None]:
+    """The same for terms that are sums over rows."""
     if len(parts) > 1:
         # A term's weight is known only once it is computed, yet the first backward needs the sum over all micro-batches.
-        with _first_look(engine.module):
-            weights = _weights([objective(engine.module, part, keys) for part, keys in parts], rules)
+        with first_look(engine.module):
+            first = [objective(engine.module, part, keys) for part, keys in parts]
+    else:
+        first = [objective(engine.module, part, keys) for part, keys in parts]
+    sums = _sums(first, rules)
+    why = health.judge("loss", sums.loss)
+    if why is not None:
+        return sums.means, sums.loss, why
+    if len(parts) == 1:
+        engine.backward(_loss(first[0], sums.weights))
+        return sums.means, sums.loss, None
     seen = []
     for part, keys in parts:
         terms = objective(engine.module, part, keys)
-        weights = _weights([terms], rules) if weights is None else weights
-        engine.backward(_loss(terms, weights))
+        engine.backward(_loss(terms, sums.weights))
         seen.append(_detached(terms))
-    assert weights is not None
-    return seen, weights
+    sums = _sums(seen, rules)
+    return sums.means, sums.loss, None
 
 
 def _accumulate_coupled(
-    engine: Engine, parts: Sequence[Part], objective: CoupledObjective, rules: StepRules
-) -> tuple[list[dict[str, Term]], dict[str, float]]:
-    """Backward by gradient caching (Gao et al. 2021): the gradient with respect to all embeddings first, then part by part.
+    engine: Engine, parts: Sequence[Part], objective: CoupledObjective, rules: StepRules, health: Health
+) -> tuple[dict[str, float], float, str | None]:
+    """The same by gradient caching (Gao et al. 2021): the gradient with respect to all embeddings first, then part by part.
 
     d loss / d parameters = sum over rows of (d embedding / d parameters) (d loss / d embedding), and the last factor is known
     once all embeddings are, without any graph behind them. With one part its own graph serves; no forward is repeated.
@@ -182,26 +209,30 @@ def _accumulate_coupled(
     # Lazily: the graph of one micro-batch is gone before the next is made.
     forward = (objective.embed(engine.module, part, keys) for part, keys in parts)
     if len(parts) > 1:
-        with _first_look(engine.module):
+        with first_look(engine.module):
             first = [objective.embed(engine.module, part, keys) for part, keys in parts]
     else:
         first = [next(forward)]
         forward = (found for found in first)
     leaves = _leaves([rows for rows, _ in first])
     coupled = objective.couple(leaves)
-    weights = _weights([coupled, *(terms for _, terms in first)], rules)
+    sums = _sums([coupled, *(terms for _, terms in first)], rules)
+    why = health.judge("loss", sums.loss)
+    if why is not None:
+        return sums.means, sums.loss, why
     # Outside of engine.backward, so that the collectives of this gradient never meet those of the engine.
-    wanted = torch.stack(torch.autograd.grad(_loss(coupled, weights), (leaves.first, leaves.second)))
+    wanted = torch.stack(torch.autograd.grad(_loss(coupled, sums.weights), (leaves.first, leaves.second)))
     gradients = torch.split(wanted, [part.num_rows for part, _ in parts], dim=1)
     seen = [_detached(coupled)]
     for (rows, terms), gradient in zip(forward, gradients, strict=True):
-        engine.backward(_loss(terms, weights) + _carried(rows, gradient))
+        engine.backward(_loss(terms, sums.weights) + _carried(rows, gradient))
         seen.append(_detached(terms))
-    return seen, weights
+    sums = _sums(seen, rules) if len(parts) > 1 else sums
+    return sums.means, sums.loss, None
 
 
 @contextmanager
-def _first_look(module: nn.Module) -> Iterator[None]:
+def first_look(module: nn.Module) -> Iterator[None]:
     """A forward whose result only prepares another one: no gradients, and running means move once.
 
     The second forward gives the same, because noise has no state and no layer of ours depends on the mode.
@@ -230,20 +261,34 @@ def _loss(terms: dict[str, Term], weights: dict[str, float]) -> Tensor:
     return torch.stack([term.numerator * (term.scale * _inverse(weights[name])) for name, term in terms.items()]).sum()
 
 
-def _weights(parts: Sequence[dict[str, Term]], rules: StepRules) -> dict[str, float]:
-    """The global weight of every term."""
-    return _summed(parts, lambda term: term.weight, rules)
+@dataclass(frozen=True)
+class _Sums:
+    """Of every term, over parts and ranks: its weight, its mean; and the loss of all."""
+
+    weights: dict[str, float]
+    means: dict[str, float]
+    loss: float
 
 
-def _summed(parts: Sequence[dict[str, Term]], of: Callable[[Term], Tensor], rules: StepRules) -> dict[str, float]:
-    """A number of every term, summed over parts and ranks. A collective."""
+def _sums(parts: Sequence[dict[str, Term]], rules: StepRules) -> _Sums:
+    """One collective."""
+    numerators, weights = (_local(parts, of) for of in (lambda term: term.numerator, lambda term: term.weight))
+    total = rules.reduce(torch.stack([*numerators.values(), *weights.values()])).tolist()
+    above, below = dict(zip(numerators, total, strict=False)), dict(zip(weights, total[len(numerators) :], strict=True))
+    means = {name: above[name] * _inverse(below[name]) for name in above}
+    scales = {name: term.scale for terms in parts for name, term in terms.items()}
+    return _Sums(below, means, sum(scales[name] * mean for name, mean in means.items()))
+
+
+def _local(parts: Sequence[dict[str, Term]], of: Callable[[Term], Tensor]) -> dict[str, Tensor]:
+    """A number of every term, summed over parts."""
     local: dict[str, Tensor] = {}
     for terms in parts:
         for name, term in terms.items():
             # In f64, so that how a batch was cut does not show.
             value = of(term).detach().double()
             local[name] = local[name] + value if name in local else value
-    return dict(zip(local, rules.reduce(torch.stack(list(local.values()))).tolist(), strict=True))
+    return local
 
 
 def _detached(terms: dict[str, Term]) -> dict[str, Term]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from draf_dist.data.filler import DecodeHook
-from draf_dist.data.loader import Loader, Reading
+from draf_dist.data.loader import EVALUATION_PREFETCH, Loader, Reading, SplitLoader, evaluation_bytes
 from draf_dist.data.mixture import Mixture
 from draf_dist.data.order import Order, TrainingOrder
 from draf_dist.data.permutation import IntArray
@@ -44,16 +44,46 @@ class Source:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The order of a run and the sources that it draws from; entry i of `sources` is source i of its draws."""
+    """The order of a run and the sources that it draws from; entry i of `sources` is source i of its draws.
+
+    release: whole, as validation reads it. run: URL of the run, which names it to the cache of a node; None outside of one.
+    """
 
     sources: tuple[Source, ...]
     order: TrainingOrder
+    release: Release
+    run: str | None = None
+
+    @property
+    def validation_bytes(self) -> int:
+        """What a validation holds in the cache of a node at once, beside what training holds."""
+        return evaluation_bytes(self.release, "val", self.order.batch_size)
+
+    def validation(self, backend: Backend, job: TrainJob) -> SplitLoader:
+        """A rank's part of the validation split, as loaded; job: that of the plan."""
+        return SplitLoader(
+            self.release,
+            "val",
+            self.order.batch_size,
+            rank=backend.rank,
+            world=backend.world,
+            threads=backend.decode_threads,
+            reading=Reading(prefetch=EVALUATION_PREFETCH, bad_data=job.bad_data, job=self.run),
+        )
 
     def loader(self, backend: Backend, job: TrainJob, decode: DecodeHook | None = None) -> Loader:
         """The training batches of a rank; job: that of the plan."""
         releases = [source.release for source in self.sources]
-        reading = Reading(bad_data=job.bad_data, pinned=backend.device.type == "cuda", patch_seed=job.seed)
-        return Loader(releases, "train", self.order, rank=backend.rank, world=backend.world, decode=decode, reading=reading)
+        reading = Reading(
+            bad_data=job.bad_data,
+            pinned=backend.device.type == "cuda",
+            patch_seed=job.seed,
+            job=self.run,
+            # Asked for at the start: a run must not find after its first epoch that it can't validate.
+            beside_bytes=self.validation_bytes,
+        )
+        rank, world, threads = backend.rank, backend.world, backend.decode_threads
+        return Loader(releases, "train", self.order, rank=rank, world=world, threads=threads, decode=decode, reading=reading)
 
     def entry_sources(self, step: int) -> IntArray:
         """The source of every entry of the global batch of a step, counted from 0: batches are sorted by source."""
@@ -91,19 +121,19 @@ class TrainingPlan:
         return np.concatenate(found)
 
 
-def build_plan(job: TrainJob, release: Release) -> TrainingPlan:
-    """The plan of a job whose release is pinned.
+def build_plan(job: TrainJob, release: Release, run: str | None = None) -> TrainingPlan:
+    """The plan of a job whose release is pinned. run: see TrainingPlan.
 
     Raises:
         SpecError: replay, and one of its two sources has nothing, or there is no such version.
     """
     replay = job.replay if isinstance(job, FinetuneJob) else None
     if replay is None:
-        return TrainingPlan((Source(ONLY, release),), _order(job, release, release.version))
+        return TrainingPlan((Source(ONLY, release),), _order(job, release, release.version), release, run)
     parts = tuple(Source(name, part) for name, part in zip((NEW, OLD), new_and_old(release, replay.since), strict=True))
     # Keys of their own: two sources of one size must not be shuffled alike.
     orders = tuple(_order(job, part.release, f"{release.version}/{part.name}") for part in parts)
-    return TrainingPlan(parts, Mixture(orders, (replay.new, replay.old), job.batch_size))
+    return TrainingPlan(parts, Mixture(orders, (replay.new, replay.old), job.batch_size), release, run)
 
 
 def _order(job: TrainJob, release: Release, key: str) -> Order:

@@ -1,16 +1,15 @@
 """The stage of pre-training: an encoder of one modality, without labels."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from draf_dist import noise
-from draf_dist.data.loader import Loader, evaluation_batches
+from draf_dist.data.loader import Loader, SplitLoader
 from draf_dist.data.normalise import Normaliser
 from draf_dist.data.release import Release
 from draf_dist.errors import DataError, DrafError, explain
@@ -67,7 +66,7 @@ class Pretraining:
             accumulation=backend.accumulation,
         )
 
-    def validate(self, module: nn.Module, backend: Backend) -> dict[str, float]:
+    def validate(self, module: nn.Module, backend: Backend, split: SplitLoader) -> dict[str, float]:
         """The objective on the validation split: its views and masks have a seed of their own and epoch 0, whatever the job's.
 
         Raises:
@@ -78,7 +77,7 @@ class Pretraining:
         was_training = module.training
         module.eval()
         with torch.no_grad():
-            parts = [objective(module, batch, evaluation_keys(batch, 1)) for batch in self.validation(backend)]
+            parts = [objective(module, batch, evaluation_keys(batch, 1)) for batch in self.measured(split.batches())]
         module.train(was_training)
         sums, weights = (_sums(parts, backend, of) for of in ("numerator", "weight"))
         if not all(weights.values()):
@@ -90,7 +89,7 @@ class Pretraining:
             raise DrafError(explain("validation", expected="a finite loss", found=str(numbers["loss"]), remedy=remedy))
         return numbers
 
-    def export(self, weights: Path) -> dict[str, bytes]:
+    def export(self, weights: Mapping[str, Tensor]) -> dict[str, bytes]:
         """The encoder alone: heads and decoder have served."""
         job, network = self.job, new_network(self.job, self.release)
         load_weights(network, weights)
@@ -109,21 +108,25 @@ class Pretraining:
         """A batch as loaded, on the device and normalised."""
         return self.normaliser(batch.to(self.device))
 
-    def validation(self, backend: Backend) -> Iterator[Batch]:
-        """This rank's part of the validation split, prepared."""
-        for batch in evaluation_batches(self.release, "val", self.job.batch_size, rank=backend.rank, world=backend.world):
+    def validation(self, backend: Backend) -> SplitLoader:
+        """This rank's part of the validation split."""
+        return self.plan.validation(backend, self.job)
+
+    def measured(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Batches as loaded, prepared, as validation takes them: in epoch 0."""
+        for batch in batches:
             prepared = self.prepared(batch)
             yield replace(prepared, epoch=torch.zeros_like(prepared.epoch))
 
 
-def build_pretraining(job: PretrainJob, release: Release, backend: Backend) -> Pretraining:
-    """Everything a run needs, with the parameters that the seed gives."""
+def build_pretraining(job: PretrainJob, release: Release, backend: Backend, run: str | None = None) -> Pretraining:
+    """Everything a run needs, with the parameters that the seed gives. run: its URL, once there is one."""
     return Pretraining(
         job=job,
         release=release,
         device=backend.device,
         model=new_network(job, release),
-        plan=build_plan(job, release),
+        plan=build_plan(job, release, run),
         normaliser=Normaliser(release.schema, release.stats),
         gather=AllGather() if backend.world > 1 else one_process,
     )

@@ -1,36 +1,39 @@
 """A run: begun once, continued by as many attempts as it takes; stopped at any moment, the same command goes on."""
 
-import tempfile
+import math
 import time
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from rich.console import Console
 
 from draf_dist.data.release import open_release
-from draf_dist.errors import DataError, InterruptedRunError, SpecError, explain
-from draf_dist.training.backend import Backend, EngineFiles
+from draf_dist.errors import InterruptedRunError, SpecError, explain
+from draf_dist.training.backend import Backend
 from draf_dist.training.books import Books, open_books
-from draf_dist.training.checkpoint import folder_of
 from draf_dist.training.consumption import Consumption
 from draf_dist.training.engine import Engine
+from draf_dist.training.exporting import export_best
 from draf_dist.training.interrupt import Interrupt
 from draf_dist.training.jobs import AnyJob
 from draf_dist.training.journal import Line
 from draf_dist.training.loop import StepReport, train_steps
 from draf_dist.training.pin import pin
 from draf_dist.training.repeatable import repeatable
-from draf_dist.training.run_folder import MODEL, Fence, RunFolder, Start, as_pinned_there, enter_run, open_run
-from draf_dist.training.schedule import EarlyStopping
+from draf_dist.training.restoring import go_on
+from draf_dist.training.run_folder import Fence, RunFolder, Start, as_pinned_there, enter_run, open_run
+from draf_dist.training.saving import Committer, Saver
 from draf_dist.training.stage import Stage, num_steps
 from draf_dist.training.stages import build_stage
 from draf_dist.training.state import OrderState, RunState, TrainState
 from draf_dist.training.supply import Supply
-from draf_dist.training.torch_engine import MODEL_FILE, OneProcess
+from draf_dist.training.torch_engine import OneProcess
+from draf_dist.training.watch.health import RollBack
+from draf_dist.training.watch.room import told_what_to_lower
+from draf_dist.training.watch.step_watch import watched
 
 RUNS = "runs"
 ONE_PROCESS = OneProcess()
@@ -68,18 +71,23 @@ class EpochReport:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What one rank works with in one attempt at a run."""
+    """What one rank works with in one attempt at a run. number: of the attempt, the same on all ranks."""
 
+    number: int
     folder: RunFolder
     stage: Stage
     backend: Backend
     engine: Engine
-    files: EngineFiles
+    saver: Saver
     state: TrainState
     books: Books
     stop: StopRequest
     consumed: Consumption
     console: Console
+
+
+# An epoch, and the attempt that it was part of; at last the result.
+Epochs = Generator[tuple[Attempt, EpochReport], None, RunResult]
 
 
 def train(
@@ -121,36 +129,63 @@ def attempt(url: str, backend: Backend, console: Console, stop: StopRequest) -> 
         DataError: a broken shard; checkpoints that are all broken.
         GateError: a later attempt has taken the run over.
     """
-    epochs = attempt_by_epochs(url, backend, console, stop)
-    while True:
-        try:
-            next(epochs)
-        except StopIteration as ended:
-            result: RunResult = ended.value
-            return result
+    with closing(_epochs(url, backend, console, stop)) as epochs:
+        while True:
+            try:
+                next(epochs)
+            except StopIteration as ended:
+                result: RunResult = ended.value
+                return result
 
 
 def attempt_by_epochs(url: str, backend: Backend, console: Console, stop: StopRequest) -> Generator[EpochReport, None, RunResult]:
     """The same, handing over after every epoch: for a caller who decides then whether it is worth while to go on.
 
-    A caller who does not go on closes the generator; the run can be continued from there.
+    Its checkpoint is waited for first. A caller who does not go on closes the generator; the run can be continued from there.
     """
+    with closing(_epochs(url, backend, console, stop)) as epochs:
+        while True:
+            try:
+                work, report = next(epochs)
+            except StopIteration as ended:
+                result: RunResult = ended.value
+                return result
+            _settle(work)
+            yield report
+
+
+def _epochs(url: str, backend: Backend, console: Console, stop: StopRequest) -> Epochs:
+    """The same, while checkpoints may still be on their way."""
+    while True:
+        try:
+            return (yield from _by_epochs(url, backend, console, stop))
+        except RollBack:
+            # What to skip stands in the ledger: from here on it is as after a kill.
+            continue
+
+
+def _by_epochs(url: str, backend: Backend, console: Console, stop: StopRequest) -> Epochs:
     began = time.perf_counter()
     folder = open_run(url)
     ended = folder.end()
     if ended is not None:
         return _result(folder, ended)
     _check_fits(folder.job, backend)
-    with repeatable(backend.threads, backend.device), ExitStack() as stack:
-        stage = build_stage(folder.job, open_release(folder.job.release), backend)
+    with told_what_to_lower(backend), repeatable(backend.threads, backend.device), ExitStack() as stack:
+        stage = build_stage(folder.job, open_release(folder.job.release), backend, folder.url)
         engine, files = backend.start(stage.model, folder.job.optimizer)
         fence = Fence.take(folder.store) if backend.rank == 0 else None
-        state = _restore(folder, files, backend, console)
+        (number,) = _of_first(backend, [0.0 if fence is None else float(fence.attempt.number)])
+        inherits = () if fence is None else fence.attempt.inherits
+        state, broken = go_on(folder, inherits, files, backend, lambda message: _say(console, f"warning: {message}"))
         books = stack.enter_context(open_books(folder, stage, backend, state.step, fence, console, began))
+        committer = None if fence is None else Committer(folder.checkpoints, fence.attempt, backend.world, broken)
+        saver = stack.enter_context(Saver(folder.checkpoints, files, backend.rank, committer))
         books.spent("startup")
         consumed = Consumption(stage.plan, backend.rank, backend.world)
-        work = Attempt(folder, stage, backend, engine, files, state, books, stop, consumed, console)
+        work = Attempt(int(number), folder, stage, backend, engine, saver, state, books, stop, consumed, console)
         yield from _train(work)
+        _settle(work)
         return _finish(work)
 
 
@@ -168,47 +203,6 @@ def _check_fits(job: AnyJob, backend: Backend) -> None:
         raise SpecError(explain("profile", expected=expected, found=found, remedy="Use fewer, or a larger batch_size."))
 
 
-def _restore(folder: RunFolder, files: EngineFiles, backend: Backend, console: Console) -> TrainState:
-    """The state of the newest good checkpoint, loaded into the engine; the beginning where there is none.
-
-    Raises:
-        DataError: no checkpoint is good, or it is one of another job.
-    """
-    with _newest(folder, backend, console) as found:
-        if found is None:
-            return TrainState(0, EarlyStopping(patience=folder.job.patience))
-        stored, path = found
-        if stored.job_sha256 != folder.job.sha256:
-            where = folder.store.where(folder_of(stored.order.step))
-            remedy = "Start anew with --fresh."
-            raise DataError(explain(where, expected="a checkpoint of this job", found="another job's", remedy=remedy))
-        files.load(path)
-        return TrainState(stored.order.step, stored.stopping)
-
-
-@contextmanager
-def _newest(folder: RunFolder, backend: Backend, console: Console) -> Iterator[tuple[RunState, Path] | None]:
-    """The newest good checkpoint, opened on every rank: the first one chooses, and clears away what lies past it."""
-
-    def warn(message: str) -> None:
-        console.print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)
-
-    checkpoints = folder.checkpoints
-    if backend.rank == 0:
-        with checkpoints.newest(warn) as found:
-            step = 0 if found is None else found[0].order.step
-            checkpoints.discard_past(step)
-            _of_first(backend, [float(step)])
-            yield found
-        return
-    (chosen,) = _of_first(backend, [0.0])
-    if not chosen:
-        yield None
-        return
-    with checkpoints.opened(int(chosen)) as path:
-        yield checkpoints.state_in(path, int(chosen)), path
-
-
 def _of_first(backend: Backend, values: list[float]) -> list[float]:
     """The first rank's values, on every rank."""
     mine = torch.tensor(values, dtype=torch.float64, device=backend.device)
@@ -216,7 +210,7 @@ def _of_first(backend: Backend, values: list[float]) -> list[float]:
     return found
 
 
-def _train(work: Attempt) -> Iterator[EpochReport]:
+def _train(work: Attempt) -> Iterator[tuple[Attempt, EpochReport]]:
     """Steps, with validation after every epoch and checkpoints, until the run is over.
 
     Raises:
@@ -225,33 +219,49 @@ def _train(work: Attempt) -> Iterator[EpochReport]:
     stage, state, backend = work.stage, work.state, work.backend
     if _is_over(work):
         return
-    supply = Supply(stage.loader(backend), work.folder.store, backend.rank, state.step, work.console)
-    batches = supply.loader.batches(state.step, num_steps(stage))
+    training, validation = stage.loader(backend), stage.validation(backend)
+    supply = Supply(training, validation, work.folder.store, backend.rank, state.step, work.console)
+    batches = training.batches(state.step, num_steps(stage))
     losses: list[float] = []
     with ExitStack() as stack:
+        stack.enter_context(supply)
         # A loader that is closed ends its threads at once.
         stack.callback(batches.close)
-        for report in train_steps(state, work.engine, batches, stage.objective, stage.rules(backend)):
+        of = {"attempt": work.number, "start": state.step, "num_rows": training.num_rows}
+        watch = stack.enter_context(watched(work.folder, backend, work.books, work.console, **of))
+        rules = watch.rules(stage.rules(backend))
+        for report in train_steps(state, work.engine, watch.batches(batches), stage.objective, rules, watch.health):
             work.consumed.add(report)
             work.books.step(_of_all_ranks(report, work), supply.stats())
-            losses.append(report.loss)
+            watch.after(report)
+            losses.extend([report.loss] if report.skipped is None else [])
+            _enter_saves(work)
             stopped = _asked_to_stop(work)
             epoch, within = divmod(state.step, stage.plan.order.steps_per_epoch)
-            validated = _validate(work, epoch, losses) if within == 0 else None
+            validated = _validate(work, supply, epoch, losses) if within == 0 else None
             if within == 0 or state.step % stage.job.checkpoint.every_steps == 0 or stopped:
-                _commit(work, supply)
+                _commit(work, supply, validated)
+                watch.health.saved = state.step
             if validated is not None:
                 losses.clear()
-                yield validated
+                yield work, validated
             if _is_over(work):
                 return
             if stopped:
                 raise _interrupted(work)
 
 
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _of_all_ranks(report: StepReport, work: Attempt) -> StepReport:
     """The report with the samples of the global batch."""
-    return replace(report, samples=work.stage.plan.num_entries(report.step - 1))
+    if work.stage.job.bad_data.policy == "fail":
+        return replace(report, samples=work.stage.plan.num_entries(report.step - 1))
+    # Only the ranks know what was left out.
+    mine = torch.tensor(report.samples, dtype=torch.float64, device=work.backend.device)
+    return replace(report, samples=int(work.backend.reduce(mine)))
 
 
 def _asked_to_stop(work: Attempt) -> bool:
@@ -264,37 +274,54 @@ def _is_over(work: Attempt) -> bool:
     return work.state.step >= num_steps(work.stage) or work.state.stopping.exhausted
 
 
-def _validate(work: Attempt, epoch: int, losses: list[float]) -> EpochReport:
+def _validate(work: Attempt, supply: Supply, epoch: int, losses: list[float]) -> EpochReport:
     """Measures on validation; `losses` are those of the epoch's steps (of this attempt)."""
-    state, loss = work.state, sum(losses) / len(losses)
-    numbers = work.stage.validate(work.engine.module, work.backend)
+    # An epoch may have been skipped whole.
+    state, loss = work.state, sum(losses) / len(losses) if losses else math.nan
+    numbers = work.stage.validate(work.engine.module, work.backend, supply.validation)
     state.stopping = state.stopping.after(numbers[work.stage.job.score], state.step)
     work.books.epoch(epoch, loss, numbers, state.stopping, state.step)
     work.books.spent("validate")
     return EpochReport(epoch, state.step, numbers)
 
 
-def _commit(work: Attempt, supply: Supply) -> None:
-    """Makes everything so far durable: books first, the checkpoint's manifest last."""
-    state, checkpoints = work.state, work.folder.checkpoints
+def _commit(work: Attempt, supply: Supply, validated: EpochReport | None) -> None:
+    """Makes everything so far durable: books first, then a checkpoint, of which only the copy into host memory is waited for.
+
+    The one before is durable then, so that no more than one commit in the books may lack its checkpoint.
+    """
+    state, job = work.state, work.stage.job
+    _settle(work)
     work.books.commit(state.step, work.consumed.settle(work.backend), supply.settle(work.backend))
-    if work.backend.rank == 0:
-        stored = RunState(
-            order=OrderState.at(work.stage.job, work.stage.release.version, state.step),
+    score = math.nan if validated is None else validated.numbers[job.score]
+    work.saver.save(
+        RunState(
+            order=OrderState.at(job, work.stage.release.version, state.step),
             stopping=state.stopping,
-            job_sha256=work.stage.job.sha256,
-            attempt=work.books.attempt,
+            score=None if math.isnan(score) else score,
+            job_sha256=job.sha256,
+            attempt=work.number,
             world=work.backend.world,
         )
-        checkpoints.commit(stored, work.files.save, guard=work.books.check)
-        checkpoints.prune(state.stopping.best_step)
-    else:
-        with tempfile.TemporaryDirectory(prefix="draf-checkpoint-") as folder:
-            work.files.save(Path(folder))
+    )
     work.books.spent("checkpoint")
 
 
+def _settle(work: Attempt) -> None:
+    """Waits until the last checkpoint is durable."""
+    work.saver.wait()
+    _enter_saves(work)
+    work.books.spent("checkpoint")
+
+
+def _enter_saves(work: Attempt) -> None:
+    """Books the checkpoints that became durable meanwhile; raises what stopped one that did not."""
+    for report in work.saver.settled():
+        work.books.saved(report)
+
+
 def _interrupted(work: Attempt) -> InterruptedRunError:
+    _settle(work)
     work.books.close("interrupted", work.state.stopping)
     found = f"{work.stop.requested or 'a signal'} after step {work.state.step} of {num_steps(work.stage)}"
     remedy = "A checkpoint was written: the same command continues."
@@ -312,25 +339,12 @@ def _finish(work: Attempt) -> RunResult:
 
 
 def _export(work: Attempt) -> None:
-    store, best = work.folder.store, work.state.stopping
+    best = work.state.stopping
     assert best.best_step is not None
     work.books.check()
-    for name, content in _best(work, best.best_step).items():
-        store.write(f"{MODEL}/{name}", content)
+    export_best(work.folder, work.stage, best.best_step)
     work.books.spent("checkpoint")
     work.books.close("finished", best)
-
-
-def _best(work: Attempt, step: int) -> dict[str, bytes]:
-    try:
-        with work.folder.checkpoints.opened(step) as files:
-            return work.stage.export(files / MODEL_FILE)
-    except DataError as error:
-        # Nothing can bring them back but training again, so no later call of the same command would get further.
-        remedy = "Start anew with --fresh: the same job gives the same weights."
-        where = work.folder.store.where(folder_of(step))
-        found = f"a broken checkpoint ({error})"
-        raise DataError(explain(where, expected="the weights of the best validation", found=found, remedy=remedy)) from error
 
 
 def _result(folder: RunFolder, ended: Line) -> RunResult:

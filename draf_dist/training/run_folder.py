@@ -2,27 +2,33 @@
 
 import io
 import secrets
+import time
 from dataclasses import dataclass
 from typing import Literal
 
 from ruamel.yaml import YAML
 
 from draf_dist.data.release import split_version
-from draf_dist.errors import GateError, SpecError, explain
+from draf_dist.errors import SpecError, explain
+from draf_dist.protocols.attempts import AttemptRecord, check_newest, take
+from draf_dist.protocols.names import ATTEMPTS, CHECKPOINTS, MANIFEST
+from draf_dist.protocols.operations import run_on
 from draf_dist.storage import Store, open_store
-from draf_dist.training.checkpoint import FOLDER as CHECKPOINTS
-from draf_dist.training.checkpoint import MANIFEST, Checkpoints
+from draf_dist.training.checkpoint import Checkpoints
 from draf_dist.training.jobs import AnyJob, parse_job, resolved
 from draf_dist.training.journal import Line, read_lines
 from draf_dist.training.ledger import FILE as LEDGER
+from draf_dist.training.supply import LEFT_OUT
 from draf_dist.training.tracking import METRICS, TENSORBOARD
+from draf_dist.training.watch.flight import FLIGHT
 
 JOB = "job.yaml"
 MODEL = "model"
-FENCE = "attempt"
+# What runs had instead of attempts/ before attempts were numbered.
+TOKEN = "attempt"
 # Everything that a run, its evaluations and the gate write; --fresh removes this and nothing else.
 EVALUATED = ("predictions", "evaluation.json", "report.html", "evaluations", "verdict.json", "gate.html")
-CONTENT = (CHECKPOINTS, MODEL, TENSORBOARD, JOB, METRICS, LEDGER, FENCE, *EVALUATED)
+CONTENT = (CHECKPOINTS, MODEL, TENSORBOARD, JOB, METRICS, LEDGER, ATTEMPTS, TOKEN, LEFT_OUT, FLIGHT, *EVALUATED)
 Start = Literal["continue", "fresh", "resume"]
 
 
@@ -41,7 +47,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Checkpoints:
         """Its checkpoints."""
-        return Checkpoints(self.store, self.job.checkpoint.keep)
+        return Checkpoints(self.store, self.job.checkpoint.keep, self.job.checkpoint.keep_best)
 
     def ledger(self) -> list[Line]:
         """The lines of ledger.jsonl."""
@@ -59,27 +65,23 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Fence:
-    """Holds the run for one attempt: the newest attempt's token is in the folder, and whoever finds another one there stops."""
+    """Holds a folder for one attempt: it has the highest number in attempts/, and whoever finds a higher one than its own stops."""
 
     store: Store
-    token: str
+    attempt: AttemptRecord
 
     @classmethod
     def take(cls, store: Store) -> "Fence":
-        """Makes this the attempt that may write; any older one stops at its next checkpoint."""
-        token = secrets.token_hex(16)
-        store.write(FENCE, token.encode())
-        return cls(store, token)
+        """Makes this the attempt that may write: any older one stops at its next checkpoint, and what it still saves isn't seen."""
+        return cls(store, run_on(store, take(secrets.token_hex(16), time.time())))
 
     def check(self) -> None:
         """Asks whether this is still the newest attempt.
 
         Raises:
-            GateError: a later one has taken the run over.
+            GateError: a later one has taken the folder over.
         """
-        if not self.store.exists(FENCE) or self.store.read(FENCE).decode() != self.token:
-            remedy = "Nothing more is written by this one; follow the other."
-            raise GateError(explain(self.store.url, expected="to be the only attempt", found="a later one", remedy=remedy))
+        run_on(self.store, check_newest(self.attempt))
 
 
 def open_run(url: str) -> RunFolder:
@@ -137,14 +139,14 @@ def enter_run(url: str, job: AnyJob, start: Start) -> RunFolder:
 def clear(store: Store) -> None:
     """Removes a run; manifests and the job go first, so that nothing half removed looks whole.
 
-    The fence goes last: it tells a run half removed from a folder of someone else's.
+    The attempts go last: they tell a run half removed from a folder of someone else's.
 
     Raises:
         SpecError: the folder holds something that is not a run.
     """
     paths = store.list()
     _check_only_a_run(store, paths)
-    for path in sorted(paths, key=lambda path: (path == FENCE, not path.endswith((MANIFEST, JOB)))):
+    for path in sorted(paths, key=lambda path: (_is_mark(path), not path.endswith((MANIFEST, JOB)))):
         store.delete(path)
 
 
@@ -153,10 +155,15 @@ def _check_only_a_run(store: Store, paths: list[str]) -> None:
     if strange:
         found = f"{', '.join(strange[:5])} as well"
         raise SpecError(explain(store.url, expected="a run folder and nothing else", found=found, remedy="Choose another --out."))
-    if paths and not {JOB, FENCE} & set(paths):
+    if paths and JOB not in paths and not any(map(_is_mark, paths)):
         # A folder named model or predictions alone may be anybody's.
-        found = f"neither {JOB} nor {FENCE}"
+        found = f"neither {JOB} nor {ATTEMPTS}"
         raise SpecError(explain(store.url, expected="a run folder", found=found, remedy="Choose another --out."))
+
+
+def _is_mark(path: str) -> bool:
+    """Whether only a run has this."""
+    return path == TOKEN or path.startswith(f"{ATTEMPTS}/")
 
 
 def _write_job(store: Store, job: AnyJob) -> None:

@@ -1,11 +1,11 @@
 """What a kind of job brings to a run: its parameters, its data, its loss, its validation, its product."""
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
-from draf_dist.data.loader import Loader
+from draf_dist.data.loader import Loader, SplitLoader
 from draf_dist.data.release import Release
 from draf_dist.training.backend import Backend
 from draf_dist.training.job import TrainJob
@@ -45,16 +45,20 @@ class Stage(Protocol):
         """The training batches of this rank."""
         ...
 
+    def validation(self, backend: Backend) -> SplitLoader:
+        """This rank's part of the validation split."""
+        ...
+
     def rules(self, backend: Backend) -> StepRules:
         """How a training step treats a batch."""
         ...
 
-    def validate(self, module: nn.Module, backend: Backend) -> dict[str, float]:
-        """The numbers of validation, `job.score` among them: bit for bit the same on all ranks."""
+    def validate(self, module: nn.Module, backend: Backend, split: SplitLoader) -> dict[str, float]:
+        """The numbers of validation, `job.score` among them: bit for bit the same on all ranks. split: from `validation`."""
         ...
 
-    def export(self, weights: Path) -> dict[str, bytes]:
-        """The files of model/ by name, from the parameters in a checkpoint, in the order in which to write them.
+    def export(self, weights: Mapping[str, Tensor]) -> dict[str, bytes]:
+        """The files of model/ by name, from the parameters and buffers of a checkpoint, in the order in which to write them.
 
         The one that tells that the others are whole comes last. Of one rank only: nothing here waits for others.
         """

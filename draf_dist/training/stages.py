@@ -9,8 +9,8 @@ from draf_dist.training.pretrain_job import PretrainJob
 from draf_dist.training.stage import Stage
 
 
-def build_stage(job: AnyJob, release: Release, backend: Backend) -> Stage:
-    """The stage of a job whose release, and whatever else it reads, is pinned."""
+def build_stage(job: AnyJob, release: Release, backend: Backend, run: str | None = None) -> Stage:
+    """The stage of a job whose release, and whatever else it reads, is pinned. run: its URL, once there is one."""
     if isinstance(job, PretrainJob):
-        return build_pretraining(job, release, backend)
-    return build_finetuning(job, release, backend.device)
+        return build_pretraining(job, release, backend, run)
+    return build_finetuning(job, release, backend.device, run)

@@ -39,11 +39,12 @@ class OrderState(Record):
 
 
 class RunState(Record):
-    """state.json of a checkpoint."""
+    """state.json of a checkpoint. score: what a validation found at this step, None where none was made."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     order: OrderState
     stopping: EarlyStopping
+    score: float | None = None
     job_sha256: str
     attempt: int
     world: int

@@ -9,8 +9,10 @@ from draf_dist.errors import DrafError
 from draf_dist.schema.release import Receipt
 from draf_dist.training.journal import Line
 from draf_dist.training.ledger import (
+    NOTHING,
     SourceEpoch,
     effective_commits,
+    left_out_by_source,
     receipts_by_source,
     seconds_by_kind,
     source_epoch_name,
@@ -27,8 +29,10 @@ class RunSummary:
     state: open means that no attempt has said that it ended: it still runs, or was killed. score: the number of validation that is
     to fall; best_loss, best_step: its lowest, and when. samples: studies consumed, by source epoch. epochs_complete: source epochs
     consumed whole, each study once: their receipt equals the source's. as_planned: whether all receipts, those of begun epochs too,
-    are those that the order gives for these steps. Both None where the release can't be read. seconds: wall time by kind, over all
-    attempts; data: what the loaders of all ranks did in them. epochs: the validation lines of metrics.jsonl.
+    are those that the order gives for these steps. Both None where the release can't be read. left_out: samples that the order gave
+    and that were left out as unusable: with them no epoch is whole, and of as_planned only the counts can be compared. seconds:
+    wall time by kind, over all attempts; data, validation: what the loaders of all ranks did in them for either. epochs: the
+    validation lines of metrics.jsonl.
     """
 
     url: str
@@ -43,8 +47,10 @@ class RunSummary:
     samples: dict[str, int]
     epochs_complete: int | None
     as_planned: bool | None
+    left_out: int
     seconds: dict[str, float]
     data: LoaderStats
+    validation: LoaderStats
     checkpoints: tuple[int, ...]
     epochs: tuple[Line, ...]
 
@@ -61,9 +67,9 @@ def summarise(run_url: str) -> RunSummary:
     epochs = tuple(line for line in folder.metrics() if line["event"] == "epoch")
     best = min(epochs, key=lambda line: (line[folder.job.score], line["step"]), default=None)
     last = lines[-1] if lines else None
-    receipts = receipts_by_source(lines)
+    receipts, left_out, supplied = receipts_by_source(lines), left_out_by_source(lines), supply_of(lines)
     steps = commits[-1]["stop"] if commits else 0
-    complete, as_planned = _compare(folder, receipts, steps)
+    complete, as_planned = _compare(folder, receipts, left_out, steps)
     return RunSummary(
         url=folder.url,
         name=folder.job.name,
@@ -77,14 +83,18 @@ def summarise(run_url: str) -> RunSummary:
         samples={source_epoch_name(*of): receipt.count for of, receipt in sorted(receipts.items())},
         epochs_complete=complete,
         as_planned=as_planned,
+        left_out=sum(left_out.values()),
         seconds=seconds_by_kind(lines),
-        data=supply_of(lines),
+        data=supplied.training,
+        validation=supplied.validation,
         checkpoints=tuple(folder.checkpoints.steps()),
         epochs=epochs,
     )
 
 
-def _compare(folder: RunFolder, receipts: dict[SourceEpoch, Receipt], steps: int) -> tuple[int | None, bool | None]:
+def _compare(
+    folder: RunFolder, receipts: dict[SourceEpoch, Receipt], left_out: dict[SourceEpoch, int], steps: int
+) -> tuple[int | None, bool | None]:
     """How many source epochs were consumed whole, and whether all was consumed as planned."""
     try:
         plan = build_plan(folder.job, open_release(folder.job.release))
@@ -92,4 +102,12 @@ def _compare(folder: RunFolder, receipts: dict[SourceEpoch, Receipt], steps: int
         planned = plan.receipts(steps)
     except DrafError:
         return None, None
-    return sum(receipt == whole[source] for (source, _), receipt in receipts.items()), receipts == planned
+    complete = sum(receipt == whole[source] for (source, _), receipt in receipts.items())
+    return complete, all(
+        _accounted_for(planned.get(of, NOTHING), receipts.get(of, NOTHING), left_out.get(of, 0)) for of in {*planned, *receipts}
+    )
+
+
+def _accounted_for(planned: Receipt, found: Receipt, left_out: int) -> bool:
+    # How many were left out is in the books, which ones is not: of a shard that is gone nobody knows.
+    return found == planned if left_out == 0 else found.count + left_out == planned.count

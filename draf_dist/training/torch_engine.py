@@ -1,20 +1,18 @@
 """Plain torch in one process; also the oracle that every other engine is measured against."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import cast
 
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from draf_dist.errors import DataError, explain
+from draf_dist.training.backend import DECODE_THREADS
+from draf_dist.training.fragments import KINDS_OF_ADAM, Fragment, Kind, WholeTensors, kind_of, whole
 from draf_dist.training.job import OptimizerConfig
-
-MODEL_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 class TorchEngine:
@@ -49,35 +47,33 @@ class TorchEngine:
 
 @dataclass(frozen=True)
 class TorchFiles:
-    """Parameters and optimizer state of one process, as safetensors."""
+    """See EngineFiles: one process owns everything. Parameters that never had a gradient have no optimizer state."""
 
     module: nn.Module
     optimizer: Optimizer
 
-    def save(self, folder: Path) -> None:
-        """Writes parameters and optimizer state into a local folder."""
-        (folder / MODEL_FILE).write_bytes(to_safetensors(_on_cpu(self.module.state_dict())))
-        (folder / OPTIMIZER_FILE).write_bytes(to_safetensors(_on_cpu(self.moments())))
+    def fragments(self) -> list[Fragment]:
+        """All parameters and buffers, and Adam's state."""
+        tensors = self.module.state_dict(keep_vars=True)
+        weights = [whole(kind_of(value), name, value) for name, value in tensors.items()]
+        state = self.optimizer.state
+        named = ((name, state[p]) for name, p in self.module.named_parameters() if p in state)
+        return weights + [whole(cast(Kind, kind), name, value) for name, held in named for kind, value in held.items()]
 
-    def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, bit for bit.
+    def load(self, state: WholeTensors) -> None:
+        """Restores a state, bit for bit.
 
         Raises:
-            DataError: the checkpoint holds other parameters than the model.
+            DataError: it holds other parameters than the model.
         """
-        load_weights(self.module, folder / MODEL_FILE)
+        load_weights(self.module, state.weights())
         parameters = dict(self.module.named_parameters())
-        for key, value in load_file(folder / OPTIMIZER_FILE).items():
-            kind, name = key.split(".", 1)
-            # Adam keeps its step counter on the CPU, its moments beside the parameter.
-            home = value if kind == "step" else value.to(parameters[name].device)
-            self.optimizer.state[parameters[name]][kind] = home
-
-    def moments(self) -> dict[str, Tensor]:
-        """Adam's state as `<kind>.<parameter name>`; parameters that never had a gradient have none."""
-        state = self.optimizer.state
-        named = self.module.named_parameters()
-        return {f"{kind}.{name}": value for name, p in named if p in state for kind, value in state[p].items()}
+        for kind in KINDS_OF_ADAM:
+            for name in state.of(kind):
+                value = state[f"{kind}/{name}"]
+                # Adam keeps its step counter on the CPU, its moments beside the parameter.
+                home = value if kind == "step" else value.to(parameters[name].device)
+                self.optimizer.state[parameters[name]][kind] = home
 
 
 @dataclass(frozen=True)
@@ -89,6 +85,7 @@ class OneProcess:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     world: int = 1
+    decode_threads: int = DECODE_THREADS
 
     def reduce(self, values: Tensor) -> Tensor:
         """The sum over one rank."""
@@ -105,20 +102,15 @@ class OneProcess:
         return TorchEngine(module, optimizer, clip_norm=config.clip_norm), TorchFiles(module, optimizer)
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Fills a module from a safetensors file.
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Fills a module with all parameters and buffers of a checkpoint, by name.
 
     Raises:
-        DataError: the file holds other parameters than the model.
+        DataError: they are not those of the model.
     """
     try:
-        module.load_state_dict(load_file(path))
+        module.load_state_dict(weights)
     except RuntimeError as error:
         found = str(error).splitlines()[-1].strip()
         remedy = "It was written by another version of the code: go back to that version, or start with --fresh."
-        raise DataError(explain(path.name, expected="the parameters of this model", found=found, remedy=remedy)) from error
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # Cloned so that views of one storage are written as tensors of their own.
-    return {name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        raise DataError(explain("checkpoint", expected="the parameters of this model", found=found, remedy=remedy)) from error

@@ -79,11 +79,11 @@ class Tracker:
 
 
 def _data_numbers(report: StepReport, supply: LoaderStats) -> dict[str, float]:
-    """The share of the step that was spent waiting for data; and, where anything is fetched or left out, how much so far."""
+    """The share of the step that was spent waiting for data, what was read so far; and, where there is such, found and left out."""
     numbers: dict[str, float] = {"wait_share": round(report.wait_s / max(report.wait_s + report.compute_s, 1e-9), 6)}
+    numbers |= {"read_bytes": supply.read_bytes, "retries": supply.retries}
     if supply.hit_rate is not None:
-        numbers |= {"hit_rate": round(supply.hit_rate, 6), "read_bytes": supply.read_bytes}
-        numbers |= {"requests": supply.requests, "retries": supply.retries}
+        numbers |= {"hit_rate": round(supply.hit_rate, 6), "requests": supply.requests}
     return numbers | ({"left_out": supply.left_out} if supply.left_out else {})
 
 

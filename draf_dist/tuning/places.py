@@ -10,7 +10,7 @@ from rich.console import Console
 
 from draf_dist.launch.profile import OneProcessProfile, Profile, RayProfile
 from draf_dist.launch.ray_desk import Desk
-from draf_dist.training.backend import Backend
+from draf_dist.training.backend import DECODE_THREADS, Backend
 from draf_dist.training.run import EpochReport, RunResult, StopRequest, attempt_by_epochs
 from draf_dist.training.run_folder import open_run
 from draf_dist.tuning.trial import CarryOut, durable_epochs
@@ -59,7 +59,9 @@ def carry_out(profile: Profile, stop: StopRequest) -> CarryOut:
     """How a run is carried on in a trial's actor: with the engine that `draf train` takes for the same profile."""
     if isinstance(profile, RayProfile) and profile.workers > 1:
         return lambda url: _on_workers(url, profile, stop)
-    backend = profile.backend() if isinstance(profile, OneProcessProfile) else _one_rank(profile)
+    # How many trials share the node is up to Ray: none takes all of its cores to decode.
+    alone = profile.model_copy(update={"decode_threads": profile.decode_threads or DECODE_THREADS})
+    backend = alone.backend() if isinstance(alone, OneProcessProfile) else _one_rank(alone)
     return lambda url: attempt_by_epochs(url, backend, Console(quiet=True), stop)
 
 
@@ -74,7 +76,7 @@ def _one_rank(profile: RayProfile) -> Backend:
     from draf_dist.training.deepspeed_engine import DeepSpeedRanks
 
     device = torch.device("cuda", 0) if profile.gpus_per_worker else torch.device("cpu")
-    return DeepSpeedRanks(profile.deepspeed, device, profile.threads)
+    return DeepSpeedRanks(profile.deepspeed, device, profile.threads, profile.decode_threads or DECODE_THREADS)
 
 
 def _on_workers(url: str, profile: RayProfile, stop: StopRequest) -> Generator[EpochReport, None, RunResult]:

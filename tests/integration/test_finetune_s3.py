@@ -14,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from draf_dist.data.release import open_release
 from draf_dist.errors import InterruptedRunError
 from draf_dist.storage import open_store
-from draf_dist.training.checkpoint import folder_of
 from draf_dist.training.job import FinetuneJob
 from draf_dist.training.journal import read_lines
 from draf_dist.training.ledger import receipts_by_epoch
@@ -70,13 +69,13 @@ def test_a_broken_checkpoint_in_a_bucket_falls_back(s3: Any, job: FinetuneJob) -
     store = open_store(url)
     store.delete("ledger.jsonl")  # as if it had been killed before it could say that it was finished
     last = max(path.split("/")[1] for path in store.list("checkpoints"))
-    weights = f"checkpoints/{last}/model.safetensors"
+    weights = f"checkpoints/{last}/rank-00000.safetensors"
     store.write(weights, store.read(weights)[:-1])
     expected = losses(url)
     assert train(job, url, console=Console(file=said, width=1000)).finished
     assert f"warning: {store.where(weights)}: expected" in said.getvalue()
     assert losses(url) == expected
-    assert folder_of(len(expected)) == f"checkpoints/{last}"
+    assert last == f"step-{len(expected):08d}-a0000001"
 
 
 def assert_tensorboard_shows_every_step_once(url: str, folder: Path) -> None:

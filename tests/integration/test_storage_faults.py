@@ -97,6 +97,7 @@ METHODS: dict[str, Callable[[Store], object]] = {
     "size": lambda store: store.size("a/x") == len(CONTENT),
     "list": lambda store: store.list() == ["a/x"],
     "write": lambda store: store.write("a/x", CONTENT) or store.read("a/x") == CONTENT,
+    "write from memory of others": lambda store: store.write("a/v", memoryview(bytearray(CONTENT))) or store.read("a/v") == CONTENT,
     "upload": lambda store: store.upload("a/f", Path(__file__)) or store.read("a/f") == Path(__file__).read_bytes(),
     "create": lambda store: store.create("b", b"new") and not store.create("b", b"new"),
     "swap": lambda store: store.swap("a/x", b"new", store.read_with_etag("a/x")[1]) and store.read("a/x") == b"new",

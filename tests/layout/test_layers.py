@@ -19,7 +19,7 @@ LAYERS = [
     {"training"},
     {"objectives"},
     {"data", "augment", "models", "losses", "metrics"},
-    {"sources"},
+    {"sources", "protocols"},
     {"schema", "noise", "config", "storage", "executor"},
     {"errors"},
 ]
@@ -29,7 +29,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 HOMES = {
     "ray": ("launch/", "tuning/"),
     "optuna": ("tuning/",),
-    "deepspeed": ("training/deepspeed_engine.py",),
+    "deepspeed": ("training/deepspeed_engine.py", "training/deepspeed_files.py"),
     "webdataset": ("data/shards.py",),
     "obstore": ("storage/s3_ranges.py",),
     "zarr": ("data/volumes",),

@@ -46,6 +46,8 @@ VERBS = [
     ["run", "show"],
     ["run", "report"],
     ["run", "trace"],
+    ["run", "replay"],
+    ["run", "diff"],
 ]
 
 

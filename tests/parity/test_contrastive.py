@@ -154,7 +154,7 @@ ENGINES = {"torch": with_torch, "deepspeed": with_deepspeed}
 def validation(job_json: str, backend: Backend) -> dict[str, float]:
     job = PretrainJob.model_validate_json(job_json)
     stage = build_pretraining(job, open_release(job.release), backend)
-    return stage.validate(stage.model, backend)
+    return stage.validate(stage.model, backend, stage.validation(backend))
 
 
 def run_rank(rank: int, world: int, jobs: dict[str, str], out: Path) -> None:

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from forked_ranks import run_on_ranks
 from model_inputs import pass_keys, small_batch, small_schema
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from draf_dist.data.order import rank_entries
@@ -32,6 +31,7 @@ from draf_dist.training.backend import Backend
 from draf_dist.training.bf16 import compute_in_bf16
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.deepspeed_engine import DeepSpeedRanks
+from draf_dist.training.fragments import HostCopy, WholeTensors
 from draf_dist.training.job import OptimizerConfig
 from draf_dist.training.loop import StepRules, train_steps
 from draf_dist.training.repeatable import repeatable
@@ -57,7 +57,6 @@ ENCODERS = EncoderChoice(
     table=TabularConfig(hidden=8),
 )
 COMPILED = "compiled"
-FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 @dataclass(frozen=True)
@@ -153,11 +152,12 @@ def rules(backend: Backend) -> StepRules:
 
 
 def train(backend: Backend, case: Case, start: Path | None, out: Path) -> nn.Module:
-    """Trains to the end; rank 0 leaves checkpoints of step HALF and of the end under `out`, and what the reports said."""
+    """Trains to the end; every rank leaves its part of step HALF and of the end under `out`, rank 0 what the reports said."""
     engine, files = backend.start(new_model(), OptimizerConfig(clip_norm=case.clip_norm))
+    copy = HostCopy()
     state = TrainState(0, EarlyStopping(patience=1))
     if start is not None:
-        files.load(start)
+        files.load(tensors(start))
         state.step = HALF
     numbers: dict[str, list[float]] = {"losses": [], "norms": []}
     todo = batches(backend, state.step, case.steps)
@@ -165,9 +165,8 @@ def train(backend: Backend, case: Case, start: Path | None, out: Path) -> nn.Mod
         numbers["losses"].append(report.loss)
         numbers["norms"].append(report.gradient_norm)
         if report.step in (HALF, case.steps):
-            folder = out / str(report.step)
-            folder.mkdir(parents=True, exist_ok=True)
-            files.save(folder)
+            (out / str(report.step)).mkdir(parents=True, exist_ok=True)
+            (out / str(report.step) / f"{backend.rank}.safetensors").write_bytes(copy.take(files.fragments()))
     if backend.rank == 0:
         (out / "numbers.json").write_text(json.dumps(numbers))
     return engine.module
@@ -241,13 +240,13 @@ def numbers(folder: Path) -> dict[str, list[float]]:
     return found
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {**load_file(folder / FILES[0]), **load_file(folder / FILES[1])}
+def tensors(folder: Path) -> WholeTensors:
+    return WholeTensors((path.read_bytes() for path in sorted(folder.iterdir())), str(folder))
 
 
-def trained(tensors: dict[str, Tensor]) -> Tensor:
+def trained(weights: dict[str, Tensor]) -> Tensor:
     """All parameters but the biases of attention keys, which have no gradient but rounding."""
-    parameters = {name: tensors[name].flatten() for name, _ in new_model().named_parameters()}
+    parameters = {name: weights[name].flatten() for name, _ in new_model().named_parameters()}
     return torch.cat([torch.cat([v[:8], v[16:]]) if name.endswith(KEYS) else v for name, v in parameters.items()]).double()
 
 
@@ -276,16 +275,17 @@ def test_ranks_give_the_losses_and_weights_of_one_process(out: Path, world: int,
     if case.steps == STEPS:
         left, right = (tensors(out / folder / str(STEPS)) for folder in ("1/None", f"{world}/{case.name}"))
         assert left.keys() == right.keys()
-        way = trained(left) - trained(new_model().state_dict())
-        assert (trained(right) - trained(left)).norm() < WEIGHT_TOLERANCE * way.norm()
+        assert {name: left.shape(name) for name in left} == {name: right.shape(name) for name in right}
+        way = trained(left.weights()) - trained(new_model().state_dict())
+        assert (trained(right.weights()) - trained(left.weights())).norm() < WEIGHT_TOLERANCE * way.norm()
 
 
 def test_only_the_biases_of_attention_keys_have_no_gradient(out: Path) -> None:
     """They add the same to the scores of all keys, which softmax ignores; Adam makes full steps of what rounding leaves."""
-    squares = {name: value for name, value in tensors(out / "1" / "None" / str(STEPS)).items() if name.startswith("exp_avg_sq")}
+    squares = {name: value for name, value in tensors(out / "1" / "None" / str(STEPS)).items() if name.startswith("exp_avg_sq/")}
     idle = {name: (value.sqrt() < 1e-8).nonzero().flatten().tolist() for name, value in squares.items()}
     assert {name: found for name, found in idle.items() if found} == {
-        f"exp_avg_sq.backbones.encoders.m_vitals.blocks.0.{KEYS}": list(range(8, 16))
+        f"exp_avg_sq/backbones.encoders.m_vitals.blocks.0.{KEYS}": list(range(8, 16))
     }
 
 
@@ -300,8 +300,9 @@ def test_a_continued_run_equals_the_undisturbed_one_bit_for_bit(out: Path, world
     through, half = out / str(world) / case.name, out / str(world) / case.continued(world).name
     assert numbers(half)["losses"] == numbers(through)["losses"][HALF:]
     assert numbers(half)["norms"] == numbers(through)["norms"][HALF:]
-    for name in FILES:
-        assert (half / str(STEPS) / name).read_bytes() == (through / str(STEPS) / name).read_bytes()
+    for rank in range(world):
+        left, right = (folder / str(STEPS) / f"{rank}.safetensors" for folder in (half, through))
+        assert left.read_bytes() == right.read_bytes()
 
 
 @pytest.mark.parametrize(("world", "case"), cases(moved), ids=name_of)

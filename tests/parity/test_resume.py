@@ -19,14 +19,14 @@ from small_runs import silent, small_job, small_release
 
 from draf_dist.data.release import open_release
 from draf_dist.errors import DataError, GateError, InterruptedRunError, SpecError
+from draf_dist.protocols.names import checkpoint_folder, tensors_file
 from draf_dist.storage import open_store
-from draf_dist.training.checkpoint import folder_of
 from draf_dist.training.job import FinetuneJob
 from draf_dist.training.journal import read_lines
 from draf_dist.training.ledger import receipts_by_epoch
 from draf_dist.training.pin import pin
 from draf_dist.training.run import RunResult, train
-from draf_dist.training.run_folder import FENCE, enter_run, open_run
+from draf_dist.training.run_folder import Fence, enter_run, open_run
 from draf_dist.training.summary import summarise
 from draf_dist.training.trace import trace
 
@@ -70,9 +70,15 @@ def validations(out: Path) -> list[tuple[int, float]]:
 
 
 def last_weights(out: Path) -> dict[str, torch.Tensor]:
-    folder = open_run(str(out))
-    step = folder.checkpoints.steps()[-1]
-    return {**load_file(out / folder_of(step) / "model.safetensors"), **load_file(out / folder_of(step) / "optimizer.safetensors")}
+    checkpoints = open_run(str(out)).checkpoints
+    return dict(checkpoints.at(checkpoints.steps()[-1]).tensors)
+
+
+def tensors_at(out: Path, step: int) -> Path:
+    """The file of the only rank in the checkpoint of a step."""
+    checkpoints = open_run(str(out)).checkpoints
+    (found,) = (each for each in checkpoints.ids() if f"step-{step:08d}-" in each)
+    return out / checkpoint_folder(found) / tensors_file(0)
 
 
 def assert_same_run(left: Path, right: Path) -> None:
@@ -180,7 +186,7 @@ def test_a_broken_checkpoint_costs_its_steps_and_nothing_else(undisturbed: Path,
         interrupt_at(monkeypatch, 5)
         with pytest.raises(InterruptedRunError):
             run(job, tmp_path / "run")
-    weights = tmp_path / "run" / folder_of(5) / "optimizer.safetensors"
+    weights = tensors_at(tmp_path / "run", 5)
     weights.write_bytes(weights.read_bytes()[:-8])
     run(job, tmp_path / "run")
     assert_same_run(undisturbed, tmp_path / "run")
@@ -200,7 +206,7 @@ def test_fresh_and_resume_exclude_each_other(job: FinetuneJob, tmp_path: Path) -
         run(job, tmp_path / "run", fresh=True, resume=True)
 
 
-def test_an_attempt_that_was_overtaken_stops_at_its_next_checkpoint(job: FinetuneJob, tmp_path: Path) -> None:
+def test_an_attempt_that_was_overtaken_stops_at_its_next_checkpoint(undisturbed: Path, job: FinetuneJob, tmp_path: Path) -> None:
     from draf_dist.training.tracking import Tracker
 
     record = Tracker.step
@@ -208,13 +214,18 @@ def test_an_attempt_that_was_overtaken_stops_at_its_next_checkpoint(job: Finetun
     def overtaken(self: Tracker, report: Any, supply: Any) -> None:
         record(self, report, supply)
         if report.step == 4:
-            (tmp_path / "run" / FENCE).write_text("another attempt")
+            while not open_run(str(tmp_path / "run")).checkpoints.steps():
+                time.sleep(0.01)
+            Fence.take(open_store(str(tmp_path / "run")))
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(Tracker, "step", overtaken)
         with pytest.raises(GateError, match="a later one"):
             run(job, tmp_path / "run")
     assert open_run(str(tmp_path / "run")).checkpoints.steps() == [3]
+    # What it had written already is in nobody's way.
+    assert run(job, tmp_path / "run").finished
+    assert_same_run(undisturbed, tmp_path / "run")
 
 
 def test_a_checkpoint_of_another_job_is_refused(job: FinetuneJob, tmp_path: Path) -> None:
@@ -224,7 +235,8 @@ def test_a_checkpoint_of_another_job_is_refused(job: FinetuneJob, tmp_path: Path
             run(job, tmp_path / "run")
     other = job.model_copy(update={"seed": 5})
     enter_run(str(tmp_path / "other"), pin(other), "continue")
-    shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "other" / "checkpoints")
+    for part in ("checkpoints", "attempts"):
+        shutil.copytree(tmp_path / "run" / part, tmp_path / "other" / part)
     with pytest.raises(DataError, match="expected a checkpoint of this job"):
         run(other, tmp_path / "other")
 
@@ -242,7 +254,7 @@ def test_best_weights_that_are_lost_are_said_to_be_lost(spoiled: FinetuneJob, tm
     ledger = tmp_path / "run" / "ledger.jsonl"
     *before_end, _ = ledger.read_text().splitlines(keepends=True)
     ledger.write_text("".join(before_end))
-    (tmp_path / "run" / folder_of(result.best_step) / "model.safetensors").write_bytes(b"rot")
+    tensors_at(tmp_path / "run", result.best_step).write_bytes(b"rot")
     for _ in range(2):
         with pytest.raises(DataError, match=r"expected the weights of the best validation.*Start anew with --fresh"):
             run(spoiled, tmp_path / "run")
@@ -256,7 +268,7 @@ def test_training_stops_early_and_keeps_the_best(spoiled: FinetuneJob, tmp_path:
     assert found[-1][1] >= result.best_loss
     assert result.best_step == found[-3][0]
     exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
-    best = load_file(tmp_path / "run" / folder_of(result.best_step) / "model.safetensors")
+    best = open_run(str(tmp_path / "run")).checkpoints.at(result.best_step).tensors.weights()
     assert all(torch.equal(value, best[name]) for name, value in exported.items())
 
     # Stopped after the best epoch, the run must remember which one that was and how long ago.

@@ -6,16 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from remote_folder import as_remote
 from sharded import copied, order_of, real_rows, sharded_release, tar_of
 
 from draf_dist.data.bad_data import BadData
-from draf_dist.data.loader import Loader, Reading
+from draf_dist.data.loader import Loader, Reading, SplitLoader, evaluation_batches
 from draf_dist.data.node_cache import NodeCache
-from draf_dist.data.release import Release, index_path
+from draf_dist.data.release import Release, index_path, tar_path
 from draf_dist.data.shards import Member
 from draf_dist.errors import DataError
 from draf_dist.schema.batch import Batch
+from draf_dist.schema.release import Split
 
 SPARE = Reading(bad_data=BadData(policy="quarantine", limit=0.5))
 
@@ -30,8 +32,10 @@ def copy(release: Release, tmp_path: Path) -> Release:
     return copied(release, tmp_path / "copy")
 
 
-def flip(release: Release, member: Member) -> None:
-    with tar_of(release).open("r+b") as file:
+def flip(release: Release, member: Member, split: Split = "train") -> None:
+    path = release.store.local_path(tar_path(release.shards(split)[0]))
+    assert path is not None
+    with path.open("r+b") as file:
         file.seek(member.offset + member.size - 1)
         last = file.read(1)
         file.seek(-1, 1)
@@ -164,3 +168,66 @@ def test_a_batch_that_is_kept_is_not_written_over(release: Release) -> None:
     order = order_of(release)
     kept = [(batch, batch.inputs["cxr"].clone()) for _, batch in Loader(release, "train", order).batches(0, order.steps_per_epoch)]
     assert all(torch.equal(batch.inputs["cxr"], pixels) for batch, pixels in kept)
+
+
+def test_an_image_that_is_left_out_has_no_quality(release: Release, copy: Release) -> None:
+    known = {int(batch.uid[row]) for batch in epoch(release)[1] for row in batch.quality_known[:, 0].nonzero().flatten().tolist()}
+    index = copy.index(copy.shards("train")[0])
+    i = next(i for i in range(index.num_samples) if int(index.uids[i]) in known and index.present[i].sum() > 1)
+    member = index.member(i, "cxr")
+    assert member is not None
+    flip(copy, member)
+    (batch,) = [batch for batch in epoch(copy)[1] if int(index.uids[i]) in batch.uid.tolist()]
+    row = batch.uid.tolist().index(int(index.uids[i]))
+    assert not batch.present[row, 0]
+    assert not batch.quality_known[row].any()
+    assert not batch.quality[row].any()
+
+
+class Inverted:
+    """A hook that changes every image."""
+
+    def levels(self, uid: torch.Tensor, epoch: torch.Tensor) -> dict[str, NDArray[np.int64]]:
+        return {"cxr": np.ones(len(uid), dtype=np.int64)}
+
+    def change(self, image: NDArray[np.uint8], index: int) -> NDArray[np.uint8]:
+        return 255 - image
+
+    def severity(self, index: int) -> float:
+        return 1.0
+
+
+def test_nothing_is_done_to_a_row_that_became_padding(copy: Release) -> None:
+    flip(copy, copy.index(copy.shards("train")[0]).meta(0))
+    order = order_of(copy)
+    loader = Loader(copy, "train", order, decode=Inverted(), reading=SPARE)
+    found = [batch for _, batch in loader.batches(0, order.steps_per_epoch)]
+    assert any(batch.severity.any() for batch in found)
+    for batch in found:
+        padding = batch.weight == 0
+        assert not batch.severity[padding].any()
+        assert not batch.inputs["cxr"][padding].any()
+
+
+def test_what_is_left_out_again_and_again_is_listed_once(copy: Release) -> None:
+    flip(copy, copy.index(copy.shards("train")[0]).meta(0))
+    order = order_of(copy)
+    loader = Loader(copy, "train", order, reading=SPARE)
+    assert sum(1 for _ in loader.batches(0, 3 * order.steps_per_epoch)) == 3 * order.steps_per_epoch
+    assert (loader.stats().left_out, loader.stats().lost_samples, len(loader.left_out)) == (3, 3, 1)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_pass_over_a_split_leaves_out_what_it_may_and_counts_it_every_time(copy: Release, world: int) -> None:
+    index, whole = copy.index(copy.shards("val")[0]), copy.manifest.receipts["val"].count
+    flip(copy, index.meta(0), "val")
+    with pytest.raises(DataError, match="crc32"):
+        list(evaluation_batches(copy, "val", 8))
+    splits = [SplitLoader(copy, "val", 8, rank=rank, world=world, reading=SPARE) for rank in range(world)]
+    for passes in (1, 2):
+        rows = real_rows([batch for split in splits for batch in split.batches()])
+        assert len(rows) == whole - 1
+        assert sum(split.stats().lost_samples for split in splits) == passes
+        assert sum(len(split.left_out) for split in splits) == 1
+    if world == 1:
+        assert sum(batch.num_rows for batch in evaluation_batches(copy, "val", 8, bad_data=SPARE.bad_data)) == whole - 1

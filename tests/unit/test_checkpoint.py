@@ -1,65 +1,115 @@
-"""Checkpoints: whole or not at all, verified before use, never lost to a broken newer one."""
+"""Checkpoints: whole or not at all, saved behind training, verified before use, never lost to a broken newer one."""
 
-import subprocess
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from small_disk import small_disk
+from torch import Tensor
 
-from draf_dist.errors import DataError, GateError, StorageFullError
+from draf_dist.errors import DataError, GateError, StorageFullError, UnreachableError
+from draf_dist.protocols.names import MANIFEST, STATE, CheckpointName, checkpoint_folder, part_file, tensors_file
 from draf_dist.storage import open_store
-from draf_dist.training.checkpoint import MANIFEST, STATE, Checkpoints, folder_of
+from draf_dist.training import saving
+from draf_dist.training.checkpoint import Checkpoints
+from draf_dist.training.fragments import Fragment, WholeTensors, shared_out, whole
+from draf_dist.training.restoring import Restored, restore
+from draf_dist.training.run_folder import Fence
+from draf_dist.training.saving import Committer, Saver
 from draf_dist.training.schedule import EarlyStopping
 from draf_dist.training.state import OrderState, RunState
+from draf_dist.training.torch_engine import OneProcess
 
-WEIGHTS = "model.safetensors"
+SIZE = 1000
 
 
-def state_at(step: int) -> RunState:
+@dataclass
+class Shared:
+    """Files of one rank of several that all hold the same weights."""
+
+    rank: int
+    world: int
+    weights: Tensor = field(default_factory=lambda: torch.zeros(SIZE))
+
+    def fragments(self) -> list[Fragment]:
+        return shared_out([whole("weight", "w", self.weights), whole("step", "w", torch.tensor(1.0))], self.rank, self.world)
+
+    def load(self, state: WholeTensors) -> None:
+        self.weights = state["weight/w"]
+
+
+@dataclass
+class Attempt:
+    """One attempt of all ranks at a run, each with its own saver."""
+
+    folder: Path
+    world: int = 2
+    keep: int = 2
+    keep_best: int = 1
+    broken: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        store = open_store(str(self.folder))
+        self.checkpoints = Checkpoints(store, self.keep, self.keep_best)
+        self.fence = Fence.take(store)
+        self.files = [Shared(rank, self.world) for rank in range(self.world)]
+        committer = Committer(self.checkpoints, self.fence.attempt, self.world, self.broken)
+        self.savers = [Saver(self.checkpoints, files, files.rank, committer if files.rank == 0 else None) for files in self.files]
+
+    def begin(self, step: int, score: float | None = None, ranks: int | None = None) -> None:
+        """Saves what stands for the state at a step, and does not wait."""
+        for files, saver in list(zip(self.files, self.savers, strict=True))[:ranks]:
+            files.weights.fill_(step)
+            saver.save(state_at(step, self.fence.attempt.number, score))
+
+    def save(self, *steps: int, scores: tuple[float, ...] = ()) -> None:
+        for number, step in enumerate(steps):
+            self.begin(step, scores[number] if scores else None)
+            for saver in self.savers:
+                saver.wait()
+
+    def path(self, step: int, name: str) -> Path:
+        return self.folder / checkpoint_folder(CheckpointName(self.fence.attempt.number, step).id) / name
+
+
+def state_at(step: int, attempt: int, score: float | None = None) -> RunState:
     order = OrderState(release="v1", seed=0, groups=64, open_samples=65_536, batch_size=8, step=step)
-    return RunState(order=order, stopping=EarlyStopping(patience=3), job_sha256="0" * 64, attempt=1, world=1)
+    stopping = EarlyStopping(patience=3)
+    return RunState(order=order, stopping=stopping, score=score, job_sha256="0" * 64, attempt=attempt, world=1)
 
 
-def saver(content: bytes) -> Callable[[Path], None]:
-    def save(folder: Path) -> None:
-        (folder / WEIGHTS).write_bytes(content)
-        (folder / "shards").mkdir()
-        (folder / "shards" / "rank0").write_bytes(content * 2)
-
-    return save
+def newest(folder: Path, warnings: list[str] | None = None) -> Restored:
+    """As the next attempt would find it."""
+    checkpoints = Checkpoints(open_store(str(folder)), keep=2)
+    return restore(checkpoints, checkpoints.ids(), OneProcess(), (warnings if warnings is not None else []).append)
 
 
-def allow() -> None:
-    """A guard that finds nothing amiss."""
+def newest_step(folder: Path, warnings: list[str] | None = None) -> int | None:
+    found = newest(folder, warnings).checkpoint
+    if found is None:
+        return None
+    assert torch.equal(found.tensors["weight/w"], torch.full((SIZE,), float(found.state.order.step)))
+    return found.state.order.step
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Checkpoints:
-    return Checkpoints(open_store(str(tmp_path)), keep=2)
+def test_the_newest_checkpoint_is_found_whole(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, world=3)
+    attempt.save(10, 20)
+    assert newest_step(tmp_path) == 20
+    found = newest(tmp_path).checkpoint
+    assert found is not None
+    assert found.state == state_at(20, 1)
+    names = {path.name for path in attempt.path(20, MANIFEST).parent.iterdir()}
+    assert names == {MANIFEST, STATE, *(name(rank) for rank in range(3) for name in (part_file, tensors_file))}
 
 
-def commit(run: Checkpoints, *steps: int) -> None:
-    for step in steps:
-        run.commit(state_at(step), saver(f"weights of {step}".encode()), guard=allow)
-
-
-def newest_step(run: Checkpoints, warnings: list[str] | None = None) -> int | None:
-    with run.newest((warnings if warnings is not None else []).append) as found:
-        return None if found is None else found[0].order.step
-
-
-def test_the_newest_checkpoint_is_found_with_every_file(run: Checkpoints) -> None:
-    commit(run, 10, 20)
-    with run.newest(pytest.fail) as found:
-        assert found is not None
-        state, folder = found
-        assert state == state_at(20)
-        assert (folder / WEIGHTS).read_bytes() == b"weights of 20"
-        assert (folder / "shards" / "rank0").read_bytes() == b"weights of 20" * 2
-
-
-def test_a_run_without_checkpoints_starts_at_the_beginning(run: Checkpoints) -> None:
-    assert newest_step(run) is None
+def test_a_run_without_checkpoints_starts_at_the_beginning(tmp_path: Path) -> None:
+    assert newest_step(tmp_path) is None
 
 
 def truncate(path: Path) -> None:
@@ -73,114 +123,217 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink], ids=["truncated", "flipped", "gone"])
-@pytest.mark.parametrize("name", [WEIGHTS, "shards/rank0", STATE])
+@pytest.mark.parametrize("name", [tensors_file(0), tensors_file(1), STATE])
 def test_a_broken_file_falls_back_to_the_checkpoint_before_and_is_named(
-    run: Checkpoints, tmp_path: Path, damage: Callable[[Path], None], name: str
+    tmp_path: Path, damage: Callable[[Path], None], name: str
 ) -> None:
-    commit(run, 10, 20)
-    damage(tmp_path / folder_of(20) / name)
+    attempt = Attempt(tmp_path)
+    attempt.save(10, 20)
+    damage(attempt.path(20, name))
     warnings: list[str] = []
-    assert newest_step(run, warnings) == 10
+    assert newest_step(tmp_path, warnings) == 10
     assert len(warnings) == 1
-    assert warnings[0].startswith(f"{tmp_path}/{folder_of(20)}/{name}: expected")
+    assert warnings[0].startswith(f"{attempt.path(20, name)}: expected")
 
 
-def test_a_manifest_that_was_cut_short_is_a_broken_checkpoint(run: Checkpoints, tmp_path: Path) -> None:
-    commit(run, 10, 20)
-    truncate(tmp_path / folder_of(20) / MANIFEST)
+def test_a_manifest_that_was_cut_short_is_a_broken_checkpoint(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path)
+    attempt.save(10, 20)
+    truncate(attempt.path(20, MANIFEST))
     warnings: list[str] = []
-    assert newest_step(run, warnings) == 10
+    assert newest_step(tmp_path, warnings) == 10
     assert MANIFEST in warnings[0]
 
 
-def test_a_half_written_checkpoint_is_never_taken(run: Checkpoints) -> None:
-    """Killed at any moment before the manifest is there, a checkpoint does not exist: without a word."""
-    commit(run, 10, 20)
-
-    def killed() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run.commit(state_at(30), saver(b"half"), guard=killed)
-    assert run.store.exists(f"{folder_of(30)}/{WEIGHTS}")
+def test_without_the_part_of_every_rank_there_is_no_checkpoint(tmp_path: Path) -> None:
+    """The first rank waits for the others; if they never come it names them."""
+    attempt = Attempt(tmp_path, world=3)
+    attempt.save(10)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(saving, "PARTS_TIMEOUT_S", 0.2)
+        attempt.begin(20, ranks=2)
+        attempt.savers[1].wait()
+        with pytest.raises(UnreachableError, match=r"a0000001: expected the parts of all ranks, found nothing of rank 2 after"):
+            attempt.savers[0].wait()
+    assert attempt.path(20, tensors_file(1)).exists()
     warnings: list[str] = []
-    assert newest_step(run, warnings) == 20
+    assert newest_step(tmp_path, warnings) == 10
     assert not warnings
 
 
-def test_rewriting_a_checkpoint_leaves_no_moment_with_an_old_manifest_over_new_files(run: Checkpoints) -> None:
-    commit(run, 10, 20)
-
-    def killed() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run.commit(state_at(20), saver(b"other"), guard=killed)
-    warnings: list[str] = []
-    assert newest_step(run, warnings) == 10
-    assert not warnings
-
-
-def test_if_no_checkpoint_is_good_the_run_refuses_to_start_over_by_itself(run: Checkpoints, tmp_path: Path) -> None:
-    commit(run, 10, 20)
+def test_if_no_checkpoint_is_good_the_run_refuses_to_start_over_by_itself(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path)
+    attempt.save(10, 20)
     for step in (10, 20):
-        flip(tmp_path / folder_of(step) / WEIGHTS)
+        flip(attempt.path(step, tensors_file(1)))
     with pytest.raises(DataError, match=r"expected a good checkpoint, found 2, all broken\. Start anew with --fresh"):
-        newest_step(run)
+        newest_step(tmp_path)
 
 
-def test_the_newest_and_the_best_are_kept(run: Checkpoints) -> None:
-    for step in (10, 20, 30, 40, 50):
-        commit(run, step)
-        run.prune(best_step=20)
-    assert run.steps() == [20, 40, 50]
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, keep=2, keep_best=2)
+    attempt.save(10, 20, 30, 40, 50, 60, scores=(0.5, 0.1, 0.3, 0.2, 0.4, 0.9))
+    assert attempt.checkpoints.steps() == [20, 40, 50, 60]
 
 
-def test_broken_checkpoints_past_the_good_one_never_push_it_out(run: Checkpoints, tmp_path: Path) -> None:
-    commit(run, 10, 20, 30)
+def test_of_two_with_the_same_score_the_earlier_one_is_the_best(tmp_path: Path) -> None:
+    """As early stopping has it: that is the one which is exported."""
+    attempt = Attempt(tmp_path, keep=1)
+    attempt.save(10, 20, 30, scores=(0.5, 0.5, 0.9))
+    assert attempt.checkpoints.steps() == [10, 30]
+
+
+def test_the_next_attempt_keeps_the_best_of_the_one_before(tmp_path: Path) -> None:
+    Attempt(tmp_path, keep=1).save(10, 20, scores=(0.1, 0.5))
+    attempt = Attempt(tmp_path, keep=1)
+    attempt.save(30, 40, scores=(0.3, 0.2))
+    assert attempt.checkpoints.steps() == [10, 40]
+
+
+def test_broken_checkpoints_never_push_a_good_one_out(tmp_path: Path) -> None:
+    old = Attempt(tmp_path, keep=3)
+    old.save(10, 20, 30, scores=(0.3, 0.1, 0.2))
     for step in (20, 30):
-        (tmp_path / folder_of(step) / WEIGHTS).write_bytes(b"rot")
-    assert newest_step(run) == 10
-    run.discard_past(10)
-    commit(run, 12)
-    run.prune(best_step=None)
-    assert run.steps() == [10, 12]
-    assert newest_step(run) == 12
+        old.path(step, tensors_file(0)).write_bytes(b"rot")
+    found = newest(tmp_path)
+    assert set(found.broken) == {CheckpointName(1, 20).id, CheckpointName(1, 30).id}
+    attempt = Attempt(tmp_path, keep=2, broken=found.broken)
+    attempt.save(12)
+    assert attempt.checkpoints.steps() == [10, 12]
+    assert newest_step(tmp_path) == 12
 
 
-def test_what_was_never_finished_is_removed_and_nothing_besides(run: Checkpoints, tmp_path: Path) -> None:
-    commit(run, 10)
-    (tmp_path / folder_of(7) / "shards").mkdir(parents=True)
-    (tmp_path / folder_of(7) / "shards" / "rank0").write_bytes(b"half")
+def test_what_was_never_finished_is_removed_and_nothing_besides(tmp_path: Path) -> None:
+    Attempt(tmp_path).save(10)
+    half = tmp_path / checkpoint_folder(CheckpointName(1, 11).id) / tensors_file(0)
+    half.parent.mkdir()
+    half.write_bytes(b"half")
     (tmp_path / "checkpoints" / "note.txt").write_text("kept")
-    run.discard_past(10)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["note.txt", "step-00000010"]
-    assert newest_step(run) == 10
+    Attempt(tmp_path).save(12)
+    expected = ["note.txt", CheckpointName(1, 10).id, CheckpointName(2, 12).id]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == expected
 
 
-def test_an_attempt_that_was_replaced_writes_no_checkpoint(run: Checkpoints) -> None:
-    def replaced() -> None:
-        raise GateError("another attempt")
-
-    with pytest.raises(GateError):
-        run.commit(state_at(10), saver(b"old"), guard=replaced)
-    assert run.steps() == []
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def test_an_attempt_that_was_replaced_writes_nothing_that_counts(tmp_path: Path) -> None:
+    """Neither a checkpoint, nor does it remove what its successor goes on from."""
+    old = Attempt(tmp_path, keep=1)
+    old.save(10)
+    new = Attempt(tmp_path, keep=1)
+    old.begin(20)
+    with pytest.raises(GateError, match="a later one"):
+        old.savers[0].wait()
+    assert new.checkpoints.steps() == [10]
+    new.save(15)
+    assert newest_step(tmp_path) == 15
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_in_force(tiny_disk: Path) -> None:
-    run = Checkpoints(open_store(str(tiny_disk)), keep=2)
-    run.commit(state_at(10), saver(bytes(10_000)), guard=allow)
-    with pytest.raises(StorageFullError, match=r"expected room on the disk"):
-        run.commit(state_at(20), saver(bytes(200_000)), guard=allow)
-    assert newest_step(run) == 10
+def test_checkpoints_of_an_earlier_version_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000010" / MANIFEST).write_text("{}")
+    # Also where an attempt has looked before.
+    for _ in range(2):
+        with pytest.raises(DataError, match="earlier version"):
+            newest(tmp_path)
+        Fence.take(open_store(str(tmp_path)))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_in_force_and_stops_training(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1) as folder:
+        attempt = Attempt(folder, world=1)
+        attempt.save(10)
+        attempt.files[0].weights = torch.zeros(500_000)
+        attempt.begin(20)
+        with pytest.raises(StorageFullError, match=r"expected room on the disk"):
+            attempt.savers[0].wait()
+        assert newest_step(folder) == 10
+
+
+@dataclass
+class Held:
+    """A store's writes of tensors wait until they are let go."""
+
+    monkeypatch: pytest.MonkeyPatch
+    go: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        store_type = type(open_store("/"))
+        write = store_type.write
+
+        def held(store: Any, path: str, data: bytes | memoryview) -> None:
+            if path.endswith(tensors_file(0)):
+                assert self.go.wait(30)
+            write(store, path, data)
+
+        self.monkeypatch.setattr(store_type, "write", held)
+
+    def let_go(self, after_s: float) -> None:
+        threading.Timer(after_s, self.go.set).start()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = Attempt(tmp_path, world=1)
+    held, saver = Held(monkeypatch), attempt.savers[0]
+    attempt.begin(10)
+    assert saver.settled() == []
+    # What training does meanwhile is not in it.
+    attempt.files[0].weights.fill_(11)
+    held.let_go(0.3)
+    began = time.monotonic()
+    attempt.begin(20)
+    assert time.monotonic() - began > 0.2
+    assert [report.step for report in saver.settled()] == [10]
+    assert torch.equal(attempt.checkpoints.at(10).tensors["weight/w"], torch.full((SIZE,), 10.0))
+    saver.wait()
+    (report,) = saver.settled()
+    assert report.step == 20
+    assert report.size_bytes == sum(attempt.path(20, name).stat().st_size for name in (tensors_file(0), STATE))
+
+
+def test_leaving_waits_for_the_checkpoint_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt, held = Attempt(tmp_path, world=1), Held(monkeypatch)
+    with attempt.savers[0]:
+        attempt.begin(10)
+        held.let_go(0.2)
+    assert newest_step(tmp_path) == 10
+
+
+def save_and_fail(attempt: Attempt) -> None:
+    """The first rank fails right after it has begun to save step 10."""
+    with attempt.savers[0]:
+        attempt.begin(10, ranks=1)
+        raise ZeroDivisionError
+
+
+def test_a_run_that_failed_keeps_the_checkpoint_that_was_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt, held = Attempt(tmp_path, world=1), Held(monkeypatch)
+    held.let_go(0.2)
+    with pytest.raises(ZeroDivisionError):
+        save_and_fail(attempt)
+    assert newest_step(tmp_path) == 10
+
+
+def test_a_rank_that_failed_does_not_wait_long_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "GRACE_S", 0.1)
+    attempt = Attempt(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        save_and_fail(attempt)
+    with pytest.raises(UnreachableError, match="nothing of rank 1"):
+        attempt.savers[0].wait()
+
+
+def test_a_checkpoint_that_another_rank_cannot_read_is_used_by_none(tmp_path: Path) -> None:
+    """All ranks must go on from the same step."""
+    on_the_other_rank = iter((0.0, 1.0))
+
+    class TwoRanks(OneProcess):
+        def reduce(self, values: Tensor) -> Tensor:
+            return values + next(on_the_other_rank)
+
+    Attempt(tmp_path, world=1).save(10, 20)
+    checkpoints, warnings = Checkpoints(open_store(str(tmp_path)), keep=2), []
+    found = restore(checkpoints, checkpoints.ids(), TwoRanks(world=2), warnings.append)
+    assert found.checkpoint is not None
+    assert found.checkpoint.state.order.step == 10
+    assert "another rank" in warnings[0]

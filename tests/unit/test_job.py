@@ -12,7 +12,7 @@ from draf_dist.training.jobs import RESOLVED, load_job, resolved
 from draf_dist.training.journal import read_lines
 from draf_dist.training.ledger import FILE as LEDGER
 from draf_dist.training.ledger import effective_commits, receipts_by_epoch, seconds_by_kind
-from draf_dist.training.run_folder import FENCE, JOB, Fence, Start, as_pinned_there, clear, enter_run, open_run
+from draf_dist.training.run_folder import JOB, TOKEN, Fence, Start, as_pinned_there, clear, enter_run, open_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,7 +149,7 @@ def test_fresh_spares_a_folder_that_only_looks_like_a_part_of_a_run(tmp_path: Pa
 
 def test_the_rest_of_a_run_half_removed_is_not_taken_for_the_next_one(tmp_path: Path) -> None:
     """Its ledger says "finished": a new job that inherited it would be reported with the result of the old."""
-    (tmp_path / FENCE).write_text("token")
+    (tmp_path / TOKEN).write_text("token")
     (tmp_path / LEDGER).write_text('{"event": "end", "outcome": "finished"}\n')
     with pytest.raises(SpecError, match="--fresh removes it"):
         enter_run(str(tmp_path), job(seed=1), "continue")
@@ -165,7 +165,7 @@ def test_the_mark_of_a_run_is_the_last_thing_that_fresh_removes(tmp_path: Path, 
     removed: list[str] = []
     monkeypatch.setattr(store, "delete", removed.append)
     clear(store)
-    assert removed == ["checkpoints/step-00000001/manifest.json", JOB, LEDGER, FENCE]
+    assert removed == ["checkpoints/step-00000001/manifest.json", JOB, LEDGER, "attempts/00000001.json"]
 
 
 def test_a_delivery_that_came_since_does_not_make_the_same_command_another(tmp_path: Path) -> None:

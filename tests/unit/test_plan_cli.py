@@ -1,27 +1,42 @@
 """`draf plan`: what it says is what the order and the release really are, and a cache that is too small is refused."""
 
 import json
+import math
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from grown_release import NEW_SHARDS, version_without
+from remote_folder import as_remote
 from sharded import sharded_release
-from small_runs import small_model
+from small_runs import silent, small_job, small_model, small_release
+from volume_export import export, write_export
 
 from draf_dist.cli.app import main
 from draf_dist.cli.plan import size
 from draf_dist.config.spec import canonical_json
-from draf_dist.data.loader import Loader
+from draf_dist.continual.retrain import Retraining
+from draf_dist.data.loader import Loader, Reading
+from draf_dist.data.node_cache import NodeCache
+from draf_dist.data.patch_reads import most_read
+from draf_dist.data.prepare import prepare
 from draf_dist.data.release import Release, open_release
 from draf_dist.data.shuffle_quality import MAX_BATCHES, shuffle_quality, steps_to_measure
 from draf_dist.errors import SpecError
+from draf_dist.schema.modality import VolumeSpec
 from draf_dist.storage.local import LocalStore
 from draf_dist.training import forecast as forecast_module
 from draf_dist.training.forecast import forecast
 from draf_dist.training.job import FinetuneJob
+from draf_dist.training.jobs import load_job
+from draf_dist.training.pin import pin
 from draf_dist.training.plan import build_plan
+from draf_dist.training.run import train
+from draf_dist.training.run_folder import open_run
+from draf_dist.training.torch_engine import OneProcess
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +170,9 @@ def test_a_cache_below_the_working_set_is_refused_after_the_plan_is_shown(
     found = json.loads(out)
     assert code == 2
     assert found["cache"] == {"folder": str(tmp_path / "cache"), "limit_bytes": 1000, "fits": False}
-    assert f"DRAF_CACHE_BYTES={found['working_set_bytes']}" in error
-    monkeypatch.setenv("DRAF_CACHE_BYTES", str(found["working_set_bytes"]))
+    assert found["needed_bytes"] == found["working_set_bytes"] + found["validation_bytes"]
+    assert f"DRAF_CACHE_BYTES={found['needed_bytes']}" in error
+    monkeypatch.setenv("DRAF_CACHE_BYTES", str(found["needed_bytes"]))
     code, out, _ = run_plan(capsys, path)
     assert code == 0
     assert "enough" in out
@@ -167,18 +183,82 @@ def test_the_loader_refuses_exactly_the_cache_that_the_plan_refuses(
     grown: tuple[Release, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = open_release(grown[0].pinned_url)
-    job_file(tmp_path, release)
-    plan = build_plan(FinetuneJob.model_validate(json.loads((tmp_path / "job.yaml").read_text())), release)
-    needed = forecast(plan).working_set_bytes
-    for limit, refused in ((needed - 1, True), (needed, False)):
-        monkeypatch.setenv("DRAF_CACHE_BYTES", str(limit))
-        batches = Loader(release, "train", plan.order).batches(0, 1)
-        if refused:
-            with pytest.raises(SpecError, match="DRAF_CACHE_BYTES"):
-                next(batches)
-        else:
-            next(batches)
-        batches.close()
+    job = FinetuneJob.model_validate(json.loads(job_file(tmp_path, release).read_text()))
+    plan = build_plan(job, release, "s3://bucket/run")
+    found = forecast(plan)
+    assert 0 < found.validation_bytes <= sum(shard.size_bytes for shard in release.shards("val"))
+    monkeypatch.setenv("DRAF_CACHE_BYTES", str(found.needed_bytes - 1))
+    with closing(plan.loader(OneProcess(), job).batches(0, 1)) as batches, pytest.raises(SpecError, match="DRAF_CACHE_BYTES"):
+        next(batches)
+    monkeypatch.setenv("DRAF_CACHE_BYTES", str(found.needed_bytes))
+    # A run validates while its training batches are open; another run finds no room beside it.
+    with closing(plan.loader(OneProcess(), job).batches(0, 2)) as batches:
+        next(batches)
+        assert sum(int((batch.weight > 0).sum()) for batch in plan.validation(OneProcess(), job).batches()) > 0
+        next(batches)
+        other = replace(plan, run="s3://bucket/other")
+        told = "job s3://bucket/run .*wait until the other jobs"
+        with closing(other.loader(OneProcess(), job).batches(0, 1)) as refused, pytest.raises(SpecError, match=told):
+            next(refused)
+
+
+def test_training_and_validation_of_a_run_fit_a_cache_of_what_the_plan_says_and_do_not_start_in_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = pin(small_job(small_release(tmp_path, num_subjects=60, seed=1), epochs=1))
+    monkeypatch.setattr(LocalStore, "local_path", lambda store, path: None)
+    needed = forecast(build_plan(job, open_release(job.release))).needed_bytes
+    monkeypatch.setenv("DRAF_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("DRAF_CACHE_BYTES", str(needed - 1))
+    with pytest.raises(SpecError, match=f"DRAF_CACHE_BYTES={needed} or more, or make open_samples or groups of the job smaller\\."):
+        train(job, str(tmp_path / "run"), console=silent())
+    assert open_run(str(tmp_path / "run")).metrics() == []
+    monkeypatch.setenv("DRAF_CACHE_BYTES", str(needed))
+    assert train(job, str(tmp_path / "run"), console=silent()).finished
+
+
+def test_patches_of_volumes_are_at_most_what_is_planned_beside_the_blocks(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    write_export(tmp_path / "raw")
+    # Chunks that a patch cuts, and noise, which gets no smaller.
+    source = export(tmp_path / "raw", ct={"chunk": [4, 4, 4]})
+    release, store = as_remote(prepare(source, str(tmp_path / "out"), subject_key=b"sixteen or more bytes of key"))
+    plan = build_plan(small_job(str(tmp_path / "out"), batch_size=3), release)
+    found, steps = forecast(plan), plan.order.steps_per_epoch
+    most, ranges = 0, 0
+    for epoch in range(4):
+        store.asked.clear()
+        reading = Reading(cache=NodeCache(tmp_path / "cache", 10**9), patch_seed=epoch)
+        for _ in Loader(release, "train", plan.order, reading=reading).batches(epoch * steps, (epoch + 1) * steps):
+            pass
+        patches = [stop - start for path, start, stop in store.asked if path.startswith("volumes/")]
+        most, ranges = max(most, sum(patches)), max(ranges, len(patches))
+    assert found.epoch_volumes.bytes / 4 < most <= found.epoch_volumes.bytes
+    assert 0 < ranges <= found.epoch_volumes.blocks
+    assert found.step_volumes.bytes * steps >= found.epoch_volumes.bytes
+    # Of 8 x 8 x 8 voxels, chunks of 4: three along each axis; an MRI whole, of 12 x 12 x 12.
+    ct, mr = (spec for spec in release.schema.modalities if isinstance(spec, VolumeSpec))
+    assert most_read(ct).blocks == 27
+    assert most_read(mr).blocks == math.prod(-(-12 // side) for side in mr.chunk)
+
+
+def test_a_retraining_is_planned_as_what_it_would_train(
+    grown: tuple[Release, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = f"sqlite:///{tmp_path}/registry.db"
+    tree = {"kind": "retrain", "name": "again", "registry": registry, "model": "mortality", "release": str(tmp_path)}
+    (tmp_path / "retrain.yaml").write_text(json.dumps(tree))
+    code, _, error = run_plan(capsys, str(tmp_path / "retrain.yaml"))
+    assert code == 2
+    assert "expected a registry, found nothing" in error
+    # A champion takes minutes to train: what it would go on with is given here.
+    meant = load_job(job_file(tmp_path, grown[0]))
+    plans = iter([None, Retraining(meant, "runs/again", champion=None, num_new=1, num_old=1)])  # type: ignore[arg-type]
+    monkeypatch.setattr("draf_dist.continual.retrain.plan_retraining", lambda job: next(plans))
+    code, out, _ = run_plan(capsys, str(tmp_path / "retrain.yaml"))
+    assert (code, out) == (0, "Nothing to train: no training study has come since the champion's release.\n")
+    code, out, _ = run_plan(capsys, str(tmp_path / "retrain.yaml"), "--json")
+    assert (code, json.loads(out)["job"]) == (0, "small")
 
 
 def test_more_ranks_than_rows_are_refused(grown: tuple[Release, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

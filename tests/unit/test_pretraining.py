@@ -26,7 +26,8 @@ from draf_dist.training.pretrain import build_pretraining
 from draf_dist.training.pretrain_job import PretrainJob
 from draf_dist.training.pretrained import load_encoder, pin_encoder
 from draf_dist.training.run import RunResult, attempt, begin, train
-from draf_dist.training.run_folder import Fence
+from draf_dist.training.run_folder import Fence, open_run
+from draf_dist.training.stage import Stage
 from draf_dist.training.torch_engine import OneProcess
 
 OBJECTIVES = {"image": {"kind": "simclr", "modality": "cxr"}, "series": {"kind": "masked_values", "modality": "vitals"}}
@@ -65,6 +66,10 @@ def runs(release_url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {kind: folder / kind for kind in OBJECTIVES}
 
 
+def validated(stage: Stage) -> dict[str, float]:
+    return stage.validate(stage.model, BACKEND, stage.validation(BACKEND))
+
+
 def epochs(out: Path) -> list[dict[str, Any]]:
     return [line for line in read_lines(open_store(str(out)), "metrics.jsonl") if line["event"] == "epoch"]
 
@@ -75,7 +80,7 @@ def test_the_exported_encoder_is_that_of_the_best_validation_and_no_head_goes_wi
     files = {path.name for path in (out / "model").iterdir()}
     assert files == {"encoder.safetensors", "encoder.json", "stats.json", "README.md"}
     best = min(epochs(out), key=lambda line: line["loss"])["step"]
-    trained = load_file(out / "checkpoints" / f"step-{best:08d}" / "model.safetensors")
+    trained = open_run(str(out)).checkpoints.at(best).tensors.weights()
     exported = load_file(out / "model" / "encoder.safetensors")
     assert {f"encoder.{name}" for name in exported} == {name for name in trained if name.startswith("encoder.")}
     assert all(torch.equal(value, trained[f"encoder.{name}"]) for name, value in exported.items())
@@ -94,7 +99,7 @@ def test_validation_depends_on_the_weights_alone_not_on_the_seed_of_the_job(rele
         build_pretraining(pin(pretraining(release_url, kind, seed=seed)), open_release(release_url), BACKEND) for seed in (0, 7)
     ]
     stages[1].model.load_state_dict(stages[0].model.state_dict())
-    first, again, other = (stage.validate(stage.model, BACKEND) for stage in (stages[0], stages[0], stages[1]))
+    first, again, other = (validated(stage) for stage in (stages[0], stages[0], stages[1]))
     assert first == again == other
     assert stages[0].model.training
 
@@ -109,7 +114,7 @@ def test_numbers_that_are_means_over_rows_do_not_depend_on_the_size_of_a_batch(
         build_pretraining(pin(pretraining(release_url, kind, batch_size=size)), open_release(release_url), BACKEND)
         for size in (batch_size, 8)
     ]
-    found, expected = (stage.validate(stage.model, BACKEND) for stage in stages)
+    found, expected = (validated(stage) for stage in stages)
     same = [name for name in found if kind == "series" or name not in ("loss", "contrastive")]
     assert len(same) == 3
     assert {name: found[name] for name in same} == pytest.approx({name: expected[name] for name in same}, rel=1e-5)

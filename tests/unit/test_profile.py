@@ -1,6 +1,7 @@
 """Profiles: where a job runs."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from draf_dist.cli.app import app
 from draf_dist.errors import SpecError
+from draf_dist.launch import cores
 from draf_dist.launch.cluster_profile import NodeShape, load_cluster, load_profile, places_on_node
 from draf_dist.launch.profile import OneProcessProfile, RayProfile
 
@@ -35,6 +37,24 @@ def test_one_process_computes_as_the_profile_says() -> None:
     backend = OneProcessProfile(device="cpu", threads=2, accumulation=3).backend()
     assert (backend.rank, backend.world, backend.threads, backend.accumulation) == (0, 1, 2, 3)
     assert backend.device == torch.device("cpu")
+
+
+def test_cores_are_shared_by_the_ranks_of_a_machine_and_no_rank_goes_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+    monkeypatch.setattr(cores, "CGROUP_QUOTA", tmp_path / "cpu.max")
+    assert [cores.decode_threads_of(ranks) for ranks in (1, 2, 5, 13)] == [12, 6, 2, 1]
+    assert OneProcessProfile(device="cpu").backend().decode_threads == 12
+    assert OneProcessProfile(device="cpu", decode_threads=3).backend().decode_threads == 3
+    (tmp_path / "cpu.max").write_text("350000 100000\n")
+    assert [cores.decode_threads_of(ranks) for ranks in (1, 2)] == [3, 1]
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    assert cores.decode_threads_of(1) == 16
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cores.decode_threads_of(1) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

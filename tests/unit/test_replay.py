@@ -11,7 +11,6 @@ import torch
 from grown_release import NEW_SHARDS, grown_release, version_without
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from small_runs import silent, small_job
 
 from draf_dist.data.mixture import Mixture
@@ -21,7 +20,6 @@ from draf_dist.data.release import Release, open_release
 from draf_dist.data.replay import new_and_old
 from draf_dist.errors import InterruptedRunError, SpecError
 from draf_dist.schema.release import Receipt
-from draf_dist.training.checkpoint import folder_of
 from draf_dist.training.consumption import Consumption
 from draf_dist.training.job import FinetuneJob
 from draf_dist.training.ledger import SourceEpoch, receipts_by_epoch, receipts_by_source
@@ -197,7 +195,7 @@ def test_ranks_of_any_number_together_consume_what_the_plan_says(plan: TrainingP
         consumed = Consumption(plan, rank, world)
         for step in range(steps):
             consumed.add(report(plan, step, rank, world))
-        totals += consumed.settle(OneProcess()).items()
+        totals += consumed.settle(OneProcess()).receipts.items()
     expected = plan.receipts(steps)
     assert {of for of, _ in totals} == set(expected)
     for of, whole in expected.items():
@@ -236,16 +234,13 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(undisturbed: Path, job: Fi
         attempt(begin(job, str(out)).url, OneProcess(), silent(), StopAfter(steps))
     assert train(job, str(out), console=silent()).finished
     last = open_run(str(out)).checkpoints.steps()[-1]
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        found, expected = (load_file(folder / folder_of(last) / name) for folder in (out, undisturbed))
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    found, expected = (dict(open_run(str(folder)).checkpoints.at(last).tensors) for folder in (out, undisturbed))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
     assert receipts_by_source(open_run(str(out)).ledger()) == receipts_by_source(open_run(str(undisturbed)).ledger())
 
 
 def test_a_checkpoint_says_what_is_mixed(undisturbed: Path, job: FinetuneJob) -> None:
     checkpoints = open_run(str(undisturbed)).checkpoints
-    with checkpoints.opened(checkpoints.steps()[-1]) as folder:
-        order = json.loads((folder / "state.json").read_text())["order"]
     assert job.replay is not None
-    assert order["replay"] == job.replay.model_dump()
+    assert checkpoints.at(checkpoints.steps()[-1]).state.order.replay == job.replay

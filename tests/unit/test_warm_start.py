@@ -78,7 +78,7 @@ def test_input_is_normalised_as_the_weights_learned_it_and_the_new_model_carries
     assert train(started(second_release, champion, epochs=1), str(tmp_path / "run"), console=silent()).finished
     assert (tmp_path / "run" / "model" / "stats.json").read_bytes() == before
     stage = build_finetuning(pinned(tmp_path / "run"), release, CPU)
-    batch = next(iter(stage.validation(OneProcess())))
+    batch = next(iter(stage.validation(OneProcess()).batches()))
     earlier, own = (Normaliser(release.schema, stats)(batch) for stats in (ReleaseStats.model_validate_json(before), release.stats))
     assert torch.equal(image_of(stage.prepared(batch)), image_of(earlier))
     assert not torch.equal(image_of(earlier), image_of(own))

@@ -1,10 +1,12 @@
 """A split under one corruption at one severity, as a robustness sweep evaluates it: keyed by seed and uid, without an epoch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from draf_dist.data.bad_data import STRICT, BadData
 from draf_dist.data.corruption.missing import fit_not_at_random
 from draf_dist.data.corruption.operations import AnyOperation, MissingNotAtRandom, Swap, severity
 from draf_dist.data.corruption.training import Corruptor
@@ -17,7 +19,7 @@ from draf_dist.schema.batch import Batch
 from draf_dist.schema.release import Split
 
 
-def corrupted_batches(
+def corrupted_batches(  # noqa: PLR0913 - what is read and how, and what is done to it
     release: Release,
     split: Split,
     corruptor: Corruptor,
@@ -27,6 +29,7 @@ def corrupted_batches(
     modality: str | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    bad_data: BadData = STRICT,
 ) -> Iterator[Batch]:
     """Every sample of a split once, normalised, with one operation at one grid index; index 0 is the split as it is.
 
@@ -40,11 +43,12 @@ def corrupted_batches(
     if isinstance(operation, Swap):
         names = release.schema.names if modality is None else (modality,)
         swapped = {name: swap_partners(release, split, name, seed=seed) for name in names if index > 0}
-        yield from map(corruptor.normaliser, evaluation_batches(release, split, batch_size, partners=swapped))
+        yield from map(corruptor.normaliser, evaluation_batches(release, split, batch_size, partners=swapped, bad_data=bad_data))
     elif isinstance(operation, MissingNotAtRandom):
-        yield from _missing_not_at_random(release, split, corruptor, operation, index, seed, batch_size)
+        clean = partial(evaluation_batches, release, split, batch_size, bad_data=bad_data)
+        yield from _missing_not_at_random(lambda: map(corruptor.normaliser, clean()), operation, index, seed)
     else:
-        for batch in evaluation_batches(release, split, batch_size):
+        for batch in evaluation_batches(release, split, batch_size, bad_data=bad_data):
             yield corruptor.apply(corruptor.normaliser(batch), operation, index, modality=modality, seed=seed)
 
 
@@ -77,11 +81,9 @@ def _next_of_another(subjects: list[str]) -> NDArray[np.int64]:
 
 
 def _missing_not_at_random(
-    release: Release, split: Split, corruptor: Corruptor, operation: MissingNotAtRandom, index: int, seed: int, batch_size: int
+    batches: Callable[[], Iterator[Batch]], operation: MissingNotAtRandom, index: int, seed: int
 ) -> Iterator[Batch]:
-    def batches() -> Iterator[Batch]:
-        return map(corruptor.normaliser, evaluation_batches(release, split, batch_size))
-
+    """batches: a pass over the split, normalised."""
     if index == 0:
         yield from batches()
         return
