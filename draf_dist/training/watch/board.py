@@ -37,11 +37,15 @@ class OwnBoard:
         return self._texts.get(key)
 
 
-@dataclass(frozen=True)
+@dataclass
 class GroupBoard:
-    """Of the default process group, through a connection of its own: the group's may be waiting."""
+    """Of the default process group, through a connection of its own: the group's may be waiting.
+
+    Once it has failed it is not asked again: who kept it is gone, and torch would print a page about that every time.
+    """
 
     store: KeyValueStore
+    gone: bool = False
 
     @classmethod
     def open(cls, name: str) -> "GroupBoard":
@@ -53,14 +57,16 @@ class GroupBoard:
     def put(self, key: str, text: str) -> None:
         """See Board."""
         try:
-            self.store.set(key, text)
+            if not self.gone:
+                self.store.set(key, text)
         except RuntimeError:
-            # Who kept the store is gone: the collectives will say so.
-            return
+            # The collectives will say so.
+            self.gone = True
 
     def get(self, key: str) -> str | None:
         """See Board."""
         try:
-            return self.store.get(key).decode() if self.store.check([key]) else None
+            return self.store.get(key).decode() if not self.gone and self.store.check([key]) else None
         except RuntimeError:
+            self.gone = True
             return None
