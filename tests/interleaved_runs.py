@@ -180,6 +180,7 @@ class Run:
                 raise ViolationError(f"{name.id} was restored by {number} and not inherited by {other.record.number}")
 
     def _valid(self, record: AttemptRecord, broken: Sequence[str]) -> list[CheckpointName]:
+        record = AttemptRecord.model_validate_json(self.store.objects[attempt_path(record.number)])
         names = attempts.committed_in([path for path in self.store.objects if path.startswith("checkpoints/")])
         return [name for name in names if attempts.may_restore(record, name) and name.id not in broken]
 

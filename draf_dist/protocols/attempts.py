@@ -8,7 +8,7 @@ neither.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from pydantic import ValidationError
 
@@ -106,6 +106,28 @@ def is_newest(attempt: AttemptRecord) -> Steps[bool]:
     return later is None
 
 
+def own_record(attempt: AttemptRecord) -> Steps[AttemptRecord]:
+    """The attempt's record as it is now: what it inherits gets less.
+
+    Raises:
+        SupersededError: the number is another's.
+    """
+    found = yield from read_attempt(attempt.number)
+    if found is None or found.token != attempt.token:
+        raise superseded(attempt)
+    return found
+
+
+def give_up(record: AttemptRecord, checkpoints: Collection[str]) -> Steps[None]:
+    """Takes checkpoints out of what an attempt inherits, before they are removed.
+
+    One that made such a checkpoint and was not told may make its manifest once more, after its files are gone: nobody looks for it.
+    """
+    left = tuple(each for each in record.inherits if each not in checkpoints)
+    if left != record.inherits:
+        yield Write(attempt_path(record.number), encoded(record.model_copy(update={"inherits": left})))
+
+
 def check_newest(attempt: AttemptRecord) -> Steps[None]:
     """Asks whether this is still the newest attempt.
 
@@ -113,8 +135,15 @@ def check_newest(attempt: AttemptRecord) -> Steps[None]:
         SupersededError: it is not.
     """
     if not (yield from is_newest(attempt)):
-        where, remedy = attempt_path(attempt.number), "Nothing more is written by this one; follow the other."
-        raise SupersededError(explain(where, expected="to be the newest attempt", found="a later one", remedy=remedy))
+        raise superseded(attempt)
+
+
+def superseded(attempt: AttemptRecord) -> SupersededError:
+    """The error of an attempt that is not the newest any more."""
+    remedy = "Nothing more is written by this one; follow the other."
+    return SupersededError(
+        explain(attempt_path(attempt.number), expected="to be the newest attempt", found="a later one", remedy=remedy)
+    )
 
 
 def valid_checkpoints(below: float = math.inf) -> Steps[tuple[str, ...]]:

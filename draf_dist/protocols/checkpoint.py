@@ -15,7 +15,16 @@ from typing import Literal, TypeVar
 from pydantic import ValidationError
 
 from draf_dist.errors import DataError, explain
-from draf_dist.protocols.attempts import AttemptRecord, check_newest, committed_in, may_restore, names_in, of_step
+from draf_dist.protocols.attempts import (
+    AttemptRecord,
+    check_newest,
+    committed_in,
+    give_up,
+    may_restore,
+    names_in,
+    of_step,
+    own_record,
+)
 from draf_dist.protocols.names import (
     CHECKPOINTS,
     CheckpointName,
@@ -197,11 +206,16 @@ def prune(attempt: AttemptRecord, *, keep: int, best: Collection[int] = (), brok
     Of the valid checkpoints stay the newest `keep` and those of the best steps; those that were found broken don't count and go. So
     does what older attempts left: unfinished, or committed when they were no longer the newest. An attempt that is superseded
     meanwhile removes nothing that its successor lacks: the successor has found the commit that came before this.
+
+    Raises:
+        SupersededError: the run was begun anew.
     """
+    record = yield from own_record(attempt)
     paths: list[str] = yield List(CHECKPOINTS)
-    valid = tuple(name.id for name in committed_in(paths) if may_restore(attempt, name) and name.id not in broken)
+    valid = tuple(name.id for name in committed_in(paths) if may_restore(record, name) and name.id not in broken)
     stay = {*valid[-keep:], *(of_step(valid, step) for step in best)}
-    removed = [name.id for name in names_in(paths) if name.id not in stay and is_past(attempt, name, valid)]
+    removed = [name.id for name in names_in(paths) if name.id not in stay and is_past(record, name, valid)]
+    yield from give_up(record, removed)
     for checkpoint in removed:
         yield from remove(checkpoint, paths)
     return removed

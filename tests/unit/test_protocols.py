@@ -157,6 +157,30 @@ def test_the_newest_and_the_best_stay_and_broken_ones_make_no_room(store: Store)
     assert {path.split("/")[1] for path in store.list("checkpoints")} == {one, four, six}
 
 
+def test_a_manifest_that_comes_again_after_its_removal_counts_for_nothing(store: Store) -> None:
+    """Its maker was not told that it was there and made it once more: seed 27426 of the histories."""
+    first = begin(store)
+    old = save(store, first, 1)
+    manifest = store.read(f"checkpoints/{old}/manifest.json")
+    second = begin(store, "b")
+    assert second.inherits == (old,)
+    kept = save(store, second, 2)
+    assert run_on(store, prune(second, keep=1)) == [old]
+    assert store.create(f"checkpoints/{old}/manifest.json", manifest)
+    assert run_on(store, valid_checkpoints()) == (kept,) == begin(store, "c").inherits
+    run_on(store, prune(second, keep=2))
+    assert not store.list(f"checkpoints/{old}")
+
+
+def test_one_whose_number_is_anothers_removes_nothing(store: Store) -> None:
+    attempt = begin(store)
+    saved = save(store, attempt, 1)
+    store.delete(attempt_path(1))
+    begin(store, "b")
+    with pytest.raises(SupersededError):
+        run_on(store, prune(attempt, keep=1, broken=(saved,)))
+
+
 def test_a_commit_waits_until_every_rank_has_put_its_part(store: Store) -> None:
     attempt = begin(store)
     checkpoint, waits = CheckpointName(1, 8).id, []

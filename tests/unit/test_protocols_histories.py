@@ -151,11 +151,13 @@ def prune_with(
 ) -> Any:
     """`prune` without one of its rules."""
 
-    def prune(attempt: AttemptRecord, *, keep: int, best: Sequence[int], broken: Sequence[str]) -> Steps[list[str]]:
+    def prune(attempt: AttemptRecord, *, keep: int, best: Sequence[int], broken: Sequence[str] = ()) -> Steps[list[str]]:
+        attempt = yield from attempts.own_record(attempt)
         paths: list[str] = yield List(CHECKPOINTS)
         names = [name for name in attempts.committed_in(paths) if not valid or attempts.may_restore(attempt, name)]
         known = tuple(name.id for name in names if not broken_go or name.id not in broken)
         stay = {*known[-keep:], *(attempts.of_step(known, step) for step in best if best_stays)}
+        yield from attempts.give_up(attempt, {name.id for name in names} - stay)
         for name in attempts.names_in(paths):
             past = checkpoint.is_past(attempt, name, known) or not unfinished_stay
             if past and (all_go or name.id not in stay):
