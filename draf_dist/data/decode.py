@@ -6,10 +6,8 @@ first, and what doesn't match is refused undecoded. Nothing here can run code: n
 
 import io
 import math
-import re
 import struct
 import zlib
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from draf_dist.data.npy import decode_npy, is_npy
 from draf_dist.data.shards import SampleMeta, decode_meta
 from draf_dist.schema.modality import ImageSpec, ModalitySpec, SeriesSpec, TableSpec, VolumeSpec
 
@@ -29,9 +28,6 @@ MAX_POINTER_BYTES = 2**21
 _SLACK_BYTES = 65_536
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_START = b"\xff\xd8\xff"
-_NPY_MAGIC = b"\x93NUMPY"
-# numpy itself would evaluate the header as a Python literal, which is slow and fails in many ways.
-_NPY_HEADER = re.compile(rb"\{'descr': '([^']*)', 'fortran_order': (True|False), 'shape': \(([0-9, ]*?),?\), \} *\n?")
 # Channels of the schema -> what a PNG calls it (colour type), what a JPEG decoder calls it.
 _COLOURS = {1: (0, "GRAY"), 3: (2, "RGB")}
 
@@ -65,7 +61,7 @@ def decode_image(data: Bytes, out: NDArray[np.uint8]) -> None:
         _decode_png(data, out)
     elif start.startswith(_JPEG_START):
         _decode_jpeg(data, out)
-    elif start.startswith(_NPY_MAGIC):
+    elif is_npy(start):
         out[...] = _decode_npy(data, np.dtype(np.uint8), out.shape)
     else:
         raise UndecodableError("no PNG, JPEG or npy")
@@ -147,20 +143,11 @@ def _undecodable_jpeg(data: Bytes, height: int, width: int) -> UndecodableError:
     return UndecodableError(f"a JPEG of {found_width}x{found_height} pixels, expected {width}x{height}")
 
 
-# The members of a modality all have the same header.
-@lru_cache(maxsize=64)
-def _is_header_of(header: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
-    found = _NPY_HEADER.fullmatch(header)
-    return found is not None and found.groups() == (dtype.str.encode(), b"False", ", ".join(str(side) for side in shape).encode())
-
-
 def _decode_npy(data: Bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    start = 10 + int.from_bytes(data[8:10], "little")
-    if bytes(data[:8]) != _NPY_MAGIC + b"\x01\x00" or len(data) < start:
-        raise UndecodableError("no npy of version 1.0")
-    if not _is_header_of(bytes(data[10:start]), dtype, shape):
-        raise UndecodableError(f"another type or shape than {dtype} {shape}")
-    num_bytes = dtype.itemsize * math.prod(shape)
-    if len(data) - start != num_bytes:
-        raise UndecodableError(f"{len(data) - start} bytes of values, expected {num_bytes}")
-    return np.frombuffer(data, dtype=dtype, offset=start).reshape(shape)
+    try:
+        found = decode_npy(data, dtype)
+    except ValueError as error:
+        raise UndecodableError(str(error)) from error
+    if found.shape != shape:
+        raise UndecodableError(f"an array of shape {found.shape}, expected {shape}")
+    return found

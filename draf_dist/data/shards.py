@@ -19,6 +19,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from draf_dist.data.npy import decode_npy
 from draf_dist.errors import DataError, explain
 from draf_dist.schema.identity import uid_name
 from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, VolumeSpec
@@ -179,10 +180,10 @@ def decode_index(data: bytes, modalities: tuple[str, ...]) -> ShardIndex:
     Raises:
         ValueError: it is not the index of a shard with these modalities.
     """
-    table = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    table = decode_npy(data, np.dtype("<i8"))
     num_columns = 1 + 3 * (len(modalities) + 1)
-    if table.dtype != np.dtype("<i8") or table.ndim != 2 or table.shape[1] not in (num_columns, num_columns + FOREIGN_COLUMNS):
-        raise ValueError(f"expected int64 (n, {num_columns}), found {table.dtype} {table.shape}")
+    if table.ndim != 2 or table.shape[1] not in (num_columns, num_columns + FOREIGN_COLUMNS):
+        raise ValueError(f"expected int64 (n, {num_columns}), found {table.shape}")
     members = np.ascontiguousarray(table[:, 1:num_columns]).reshape(len(table), len(modalities) + 1, 3)
     uids = np.ascontiguousarray(table[:, 0])
     if table.shape[1] == num_columns:
