@@ -177,7 +177,12 @@ def _by_epochs(url: str, backend: Backend, console: Console, stop: StopRequest) 
         fence = Fence.take(folder.store) if backend.rank == 0 else None
         (number,) = _of_first(backend, [0.0 if fence is None else float(fence.attempt.number)])
         inherits = () if fence is None else fence.attempt.inherits
-        state, broken = go_on(folder, inherits, files, backend, lambda message: _say(console, f"warning: {message}"))
+        try:
+            state, broken = go_on(folder, inherits, files, backend, lambda message: _say(console, f"warning: {message}"))
+        finally:
+            # A later attempt may have removed what this one inherits: then that is what is wrong, and not the checkpoints.
+            if fence is not None:
+                fence.check()
         books = stack.enter_context(open_books(folder, stage, backend, state.step, fence, console, began))
         committer = None if fence is None else Committer(folder.checkpoints, fence.attempt, backend.world, broken)
         saver = stack.enter_context(Saver(folder.checkpoints, files, backend.rank, committer))

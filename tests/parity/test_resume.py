@@ -228,6 +228,26 @@ def test_an_attempt_that_was_overtaken_stops_at_its_next_checkpoint(undisturbed:
     assert_same_run(undisturbed, tmp_path / "run")
 
 
+def test_an_attempt_that_is_overtaken_while_it_restores_says_so(job: FinetuneJob, tmp_path: Path) -> None:
+    """The later one has removed what this one inherited: that is no broken checkpoint, and no reason to begin anew."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_at(monkeypatch, 3)
+        with pytest.raises(InterruptedRunError):
+            run(job, tmp_path / "run")
+    take = Fence.take
+
+    def overtaken(store: Any) -> Fence:
+        fence = take(store)
+        take(store)
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        return fence
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Fence, "take", overtaken)
+        with pytest.raises(GateError, match="a later one"):
+            run(job, tmp_path / "run")
+
+
 def test_a_checkpoint_of_another_job_is_refused(job: FinetuneJob, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         interrupt_at(monkeypatch, 3)
