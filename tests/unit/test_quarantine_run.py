@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_runs import silent, small_job, small_release
+from stop_after import StopAfter
 from typer.testing import CliRunner
 
 from draf_dist.cli.app import app
@@ -131,17 +132,6 @@ def test_a_study_that_is_missing_and_was_not_left_out_is_noticed(undisturbed: Pa
     next(line for line in lines if line.get("left_out"))["left_out"]["0"] -= 1
     (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert summarise(str(tmp_path)).as_planned is False
-
-
-@dataclass
-class StopAfter:
-    steps: int
-    asked: int = 0
-
-    @property
-    def requested(self) -> str | None:
-        self.asked += 1
-        return "SIGTERM" if self.asked >= self.steps else None
 
 
 def test_a_stopped_run_leaves_out_the_same_when_it_goes_on(job: FinetuneJob, undisturbed: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from grown_release import NEW_SHARDS, grown_release, version_without
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import silent, small_job
+from stop_after import StopAfter
 
 from draf_dist.data.mixture import Mixture
 from draf_dist.data.order import Order, TrainingOrder, rank_entries
@@ -212,19 +213,6 @@ def report(plan: TrainingPlan, step: int, rank: int, world: int) -> StepReport:
     uids = torch.tensor([int(plan.sources[source].uids()[sample]) for source, sample in pairs], dtype=torch.int64)
     epochs = torch.from_numpy(draws.epoch[mine])
     return StepReport(step + 1, 0.0, {}, 0.0, 0.0, len(uids), uids, epochs, 0.0, 0.0)
-
-
-@dataclass
-class StopAfter:
-    """Asks to stop after so many steps of this attempt."""
-
-    steps: int
-    asked: int = 0
-
-    @property
-    def requested(self) -> str | None:
-        self.asked += 1
-        return "SIGTERM" if self.asked >= self.steps else None
 
 
 @pytest.mark.parametrize("steps", [1, 4], ids=["before the first checkpoint", "in the middle of an epoch"])
