@@ -15,6 +15,7 @@ from draf_dist.errors import SpecError, explain
 if TYPE_CHECKING:
     from draf_dist.data.release import Release
     from draf_dist.training.forecast import Forecast, SourceForecast
+    from draf_dist.training.interval import Advice
     from draf_dist.training.jobs import AnyJob
 
 Row = tuple[str, str, str]
@@ -33,18 +34,27 @@ def plan(
     job: Annotated[Path, typer.Argument(help="The training job (YAML).")],
     overrides: SetOption = None,
     world: Annotated[int, typer.Option(min=1, help="Ranks that share a batch.")] = 1,
+    measured: Annotated[
+        str | None, typer.Option(help="URL of an earlier run of the same kind: says how often to save, too.", metavar="RUN")
+    ] = None,
+    failures_per_day: Annotated[
+        float | None, typer.Option(min=0.001, help="Of the whole job, for --measured; as that run had them if not given.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Show what a job will read: steps, rows per rank, shuffle quality, cache, requests. Reads shard indexes, no sample.
 
     Of a retraining: what it trains, were it begun now. Exits 2 if the cache of this node (DRAF_CACHE_BYTES) is smaller than what
     the job holds open, as draf train would.
+    With --measured: also how often to write checkpoints, from what saves, restarts and failures cost that run (Young, Daly).
     Example: draf plan jobs/finetune_synth.yaml --set release=s3://bucket/synth --set batch_size=256 --world 8
     """
     from draf_dist.data.release import open_release
     from draf_dist.training.forecast import forecast
     from draf_dist.training.plan import build_plan
 
+    if failures_per_day is not None and measured is None:
+        raise _nothing_measured()
     spec = _load(job, overrides or ())
     if spec is None:
         show_plan(None, json=json)
@@ -54,10 +64,14 @@ def plan(
         task = bar.add_task("reading indexes", total=None)
         found = forecast(build_plan(spec, release), world, lambda done, total: bar.update(task, completed=done, total=total))
     room = _room(release, found.needed_bytes)
+    advice = None if measured is None else _advise(measured, spec, found, failures_per_day)
     if json:
-        print_json({"job": spec.name, "release": release.pinned_url, "seed": spec.seed, "cache": asdict(room), **asdict(found)})
+        told = asdict(found) | ({} if advice is None else {"checkpoint": asdict(advice)})
+        print_json({"job": spec.name, "release": release.pinned_url, "seed": spec.seed, "cache": asdict(room), **told})
     else:
         _show(f"{spec.name}: {release.pinned_url}", found, room)
+        if advice is not None:
+            console.print(_described("checkpoints", _saving(advice)))
     if not room.fits:
         raise _too_small(found, room)
 
@@ -74,6 +88,21 @@ def _load(path: Path, overrides: Sequence[str]) -> "AnyJob | None":
 
     retraining = plan_retraining(load_retrain(path, overrides))
     return None if retraining is None else retraining.job
+
+
+def _nothing_measured() -> SpecError:
+    remedy = "Name an earlier run of the same kind: it says what a save and a restart cost."
+    return SpecError(explain("--failures-per-day", expected="--measured RUN beside it", found="none", remedy=remedy))
+
+
+def _advise(measured: str, spec: "AnyJob", found: "Forecast", failures_per_day: float | None) -> "Advice":
+    from draf_dist.training.interval import advise
+    from draf_dist.training.run_folder import open_run
+
+    every, epoch = spec.checkpoint.every_steps, found.steps_per_epoch
+    return advise(
+        open_run(measured), every_steps=every, steps_per_epoch=epoch, world=found.world, failures_per_day=failures_per_day
+    )
 
 
 def _room(release: "Release", needed_bytes: int) -> CacheRoom:
@@ -156,6 +185,29 @@ def _source(source: "SourceForecast") -> list[Row]:
         ("window", f"{source.window:,}", "samples of a group that are shuffled together"),
         ("shuffle of sites", _ratio(source.site_quality), "variance over a full shuffle's: 1 is perfect,"),
         ("shuffle of labels", _ratio(source.label_quality), f"more is worse; measured on {source.quality_batches:,} batches"),
+    ]
+
+
+def _saving(advice: "Advice") -> list[Row]:
+    from draf_dist.training.progress import duration
+
+    costs = advice.costs
+    known = {
+        "given": "as --failures-per-day says",
+        "measured": f"number that the measured run had: {advice.failures}",
+        "published": "as published for so many GPUs; the measured run had none",
+    }
+    restart = f"mean of {costs.restarts}" if costs.restarts else "as long as the first start took; there was no restart"
+    return [
+        ("checkpoint.every_steps", f"{advice.every_steps:,}", f"recommended: every {duration(advice.every_steps * costs.step_s)}"),
+        ("costs then", f"{advice.waste:.2%}", "of the time, for saves, lost work and restarts"),
+        ("costs as the job is", f"{advice.job_waste:.2%}", f"saving every {advice.job_every_steps:,} steps"),
+        ("between failures", duration(advice.mtbf_s), known[advice.mtbf_source]),
+        ("a save", f"{costs.save_s:.3f} s", f"training waits; median of {costs.saves}"),
+        ("steps slowed by it", f"{costs.slowed_s:.3f} s", "in all"),
+        ("until it is durable", f"{costs.durable_s:.3f} s", "the shortest interval"),
+        ("a restart", duration(costs.restart_s), restart),
+        ("a step", f"{costs.step_s:.3f} s", "waiting for its batch included"),
     ]
 
 

@@ -1,6 +1,5 @@
 """`draf run show | report | trace`."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +11,8 @@ from draf_dist.errors import SpecError, explain
 
 if TYPE_CHECKING:
     from draf_dist.data.loader_stats import LoaderStats
+    from draf_dist.training.goodput import Goodput
+    from draf_dist.training.journal import Line
 
 app = typer.Typer(no_args_is_help=True)
 RunArgument = Annotated[str, typer.Argument(help="URL of the run folder.")]
@@ -19,7 +20,7 @@ RunArgument = Annotated[str, typer.Argument(help="URL of the run folder.")]
 
 @app.command("show")
 def show(run: RunArgument, json: JsonOption = False) -> None:
-    """How a run stands: steps, attempts, epochs consumed whole, validation, where the time went.
+    """How a run stands: steps, attempts, epochs consumed whole, validation, where the wall time went, what went wrong.
 
     Example: draf run show runs/first
     """
@@ -40,21 +41,54 @@ def show(run: RunArgument, json: JsonOption = False) -> None:
         ("source epochs", f"{len(summary.samples)}, {complete}"),
         ("receipts", planned),
         ("checkpoints at", ", ".join(map(str, summary.checkpoints)) or "-"),
-        *_waiting_rows(summary.seconds),
+        *_waiting_rows(summary.goodput),
         *_data_rows(summary.data, ""),
         *_data_rows(summary.validation, "validation: "),
-        *((f"seconds: {kind.replace('_', ' ')}", f"{seconds:.1f}") for kind, seconds in sorted(summary.seconds.items())),
     ]
     console.print(table(f"{summary.name}: {summary.url}", ("", ""), rows))
+    console.print(table("wall time", ("", "seconds", "share"), _time_rows(summary.goodput)))
+    if summary.goodput.failures:
+        console.print(table("failures", ("attempt", "why", "steps lost", "s lost", "s to restart"), _failure_rows(summary.goodput)))
+    if summary.skipped or summary.slow:
+        console.print(table("noticed", ("step", "what"), [*map(_skipped_row, summary.skipped), *map(_slow_row, summary.slow)]))
     epochs = [
         (e["epoch"], e["step"], f"{e[summary.score]:.4f}", "best" if e["step"] == summary.best_step else "") for e in summary.epochs
     ]
     console.print(table("validation", ("epoch", "step", summary.score, ""), epochs))
 
 
-def _waiting_rows(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
-    trained = seconds.get("data_wait", 0.0) + seconds.get("step", 0.0)
-    return [("waiting for data", f"{seconds.get('data_wait', 0.0) / trained:.1%} of the training time")] if trained else []
+def _waiting_rows(found: "Goodput") -> list[tuple[str, str]]:
+    trained = found.seconds["data_wait"] + found.seconds["step"]
+    waited = [("waiting for data", f"{found.seconds['data_wait'] / trained:.1%} of the training time")] if trained else []
+    between = "-" if found.mtbf_s is None else f"{found.mtbf_s:.0f} s"
+    return [
+        *waited,
+        ("goodput", f"{found.ettr:.1%} of the wall time in steps that count"),
+        ("samples per second", f"{found.samples_per_s:,.1f} of the wall time"),
+        ("steps lost", str(found.lost_steps)),
+        ("planned stops", ", ".join(f"{why}: {count}" for why, count in found.stops.items()) or "-"),
+        ("between failures", between),
+    ]
+
+
+def _time_rows(found: "Goodput") -> list[tuple[str, str, str]]:
+    rows = [(kind.replace("_", " "), seconds) for kind, seconds in found.seconds.items()]
+    return [
+        (name, f"{seconds:.1f}", f"{seconds / max(found.wall_s, 1e-9):.1%}") for name, seconds in [*rows, ("all", found.wall_s)]
+    ]
+
+
+def _failure_rows(found: "Goodput") -> list[tuple[int, str, int, str, str]]:
+    return [(each.attempt, each.why, each.lost_steps, f"{each.lost_s:.1f}", f"{each.restart_s:.1f}") for each in found.failures]
+
+
+def _skipped_row(line: "Line") -> tuple[str, str]:
+    return f"{line['start'] + 1} to {line['stop']}", f"update skipped: {line['why']}"
+
+
+def _slow_row(line: "Line") -> tuple[str, str]:
+    own, others = line["own_s"], line["others_s"]
+    return str(line["step"]), f"rank {line['rank']} slow: {own:.3f} s for {line['of']}, the others {others:.3f} s"
 
 
 def _data_rows(data: "LoaderStats", prefix: str) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,8 @@ class Journal:
     """A .jsonl file. Lines are in the file at the latest after `flush`.
 
     A local file grows by appending, so that a run can be watched; on a remote store, where nothing can be appended, lines are kept
-    here and the whole file is written at every flush. Opening one puts a new file in the place of the old: an older attempt that
-    still runs appends to a file that nobody sees.
+    here and the whole file is written at every flush. One thread appends, any may flush. Opening one puts a new file in the place
+    of the old: an older attempt that still runs appends to a file that nobody sees.
     """
 
     def __init__(self, store: Store, path: str, wanted: Callable[[Line], bool] = lambda line: True) -> None:
@@ -28,6 +29,7 @@ class Journal:
         self._store, self._path = store, path
         self._lines = [line for line in read_lines(store, path) if wanted(line)]
         self._unwritten = False
+        self._flushing = threading.Lock()
         self._write_all()
         self._local = store.local_path(path)
         # Without a buffer: on a full disk closing would try, and fail, to write it once more.
@@ -51,22 +53,31 @@ class Journal:
 
     def flush(self) -> None:
         """Makes everything appended so far durable."""
-        if not self._unwritten:
-            return
-        if self._file is not None and self._local is not None:
-            with room(self._local.parent):
-                os.fsync(self._file.fileno())
-        else:
-            self._write_all()
-        self._unwritten = False
+        with self._flushing:
+            if not self._unwritten:
+                return
+            # What is appended meanwhile is written now or asks for another flush.
+            self._unwritten = False
+            try:
+                self._make_durable()
+            except BaseException:
+                self._unwritten = True
+                raise
 
     def close(self) -> None:
         """Lets go of the file."""
         if self._file is not None:
             self._file.close()
 
+    def _make_durable(self) -> None:
+        if self._file is not None and self._local is not None:
+            with room(self._local.parent):
+                os.fsync(self._file.fileno())
+        else:
+            self._write_all()
+
     def _write_all(self) -> None:
-        self._store.write(self._path, "".join(json.dumps(line) + "\n" for line in self._lines).encode())
+        self._store.write(self._path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
 
 def read_lines(store: Store, path: str) -> list[Line]:

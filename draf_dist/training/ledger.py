@@ -1,7 +1,9 @@
 """ledger.jsonl: attempts, what each of them consumed, and where wall time went.
 
 Lines, by `event`:
-  attempt   attempt, start (steps done when it began), world, threads, decode_threads, time (seconds since 1970)
+  attempt   attempt, start (steps done when it began), world, threads, decode_threads, began (when it began to work, seconds since
+            1970), time (when it could write this); before {done (steps), time, lost_s (what those past its last commit took)}, the
+            last sign of an attempt before it that did not say how it ended
   commit    attempt, start, stop (steps [start, stop)), world, receipts {source epoch: {count, uid_sum}}, left_out {source epoch:
             samples that the order gave and that were left out}, data {cache_hits, ...: see loader_stats}, validation (the same of
             validation), seconds {kind: s}, time
@@ -9,7 +11,9 @@ Lines, by `event`:
   skipped   attempt, start, stop (the updates of steps [start, stop) are skipped), why, time; holds for every later attempt
   slow      attempt, step, rank, own_s and others_s (a step), of (what: data, or its forward), time
   save      attempt, step, size_bytes, snapshot_s, upload_s, commit_s of a checkpoint that has become durable: see saving.SaveReport
-  end       attempt, outcome (finished | interrupted), steps, best_loss (of validation), best_step, seconds, time
+  end       attempt, outcome (finished | interrupted | failed | rolled_back), reason (who asked for it, or what went wrong), steps,
+            done (steps, with those that no commit holds), best_loss (of validation), best_step, seconds, goodput (up to here: see
+            goodput.py), time
 A commit is written just before its checkpoint, so a kill between the two leaves a commit that no checkpoint backs. The attempt
 that follows says where it really began, and whatever was consumed past that point is consumed again: such commits do not count.
 """
@@ -22,12 +26,14 @@ from typing import Literal
 from draf_dist.data.loader_stats import LoaderStats
 from draf_dist.data.receipts import add_receipts
 from draf_dist.schema.release import Receipt
+from draf_dist.training.goodput import Goodput, goodput
 from draf_dist.training.journal import Journal, Line
 from draf_dist.training.saving import SaveReport
+from draf_dist.training.watch.last_step import LastStep
 
 FILE = "ledger.jsonl"
-Kind = Literal["startup", "data_wait", "step", "validate", "checkpoint", "idle"]
-Outcome = Literal["finished", "interrupted"]
+Kind = Literal["startup", "restart", "data_wait", "step", "validate", "checkpoint", "other"]
+Outcome = Literal["finished", "interrupted", "failed", "rolled_back"]
 NOTHING = Receipt(count=0, uid_sum="0" * 16)
 # The name of a source, and its epoch.
 SourceEpoch = tuple[str, int]
@@ -129,25 +135,44 @@ class Ledger:
     began: float = field(default_factory=time.perf_counter)
     _seconds: dict[str, float] = field(default_factory=dict)
     _position: int = 0
+    _done: int = 0
 
-    def open(self) -> None:
-        """Writes that the attempt began."""
+    def open(self, before: LastStep | None) -> None:
+        """Writes that the attempt began. before: the last sign of the one before, if that did not say how it ended."""
         self._since = self.began
-        self._position = self.start
+        self._position = self._done = self.start
+        began = round(time.time() - (time.perf_counter() - self.began), 3)
         threads = {"threads": self.threads, "decode_threads": self.decode_threads}
-        self._write("attempt", start=self.start, world=self.world, **threads)
+        known = {} if before is None else {"before": {"done": before.step, "time": before.time, "lost_s": before.lost_s}}
+        self._write("attempt", start=self.start, world=self.world, **threads, began=began, **known)
+
+    @property
+    def starting(self) -> Kind:
+        """What the time before the first step is booked as."""
+        return "startup" if sum(line["event"] == "attempt" for line in self.journal.lines) == 1 else "restart"
+
+    @property
+    def at_stake_s(self) -> float:
+        """What has been booked since the last commit, but for the start: what a kill would throw away."""
+        return sum(seconds for kind, seconds in self._seconds.items() if kind not in ("startup", "restart"))
+
+    def step(self, done: int, wait_s: float, compute_s: float) -> None:
+        """Books one step, with which `done` are. The first batch of an attempt is part of its start."""
+        self.spend(self.starting if self._done == self.start else "data_wait", wait_s)
+        self.spend("step", compute_s)
+        self._done = done
 
     def spend(self, kind: Kind, seconds: float) -> None:
         """Books wall time."""
         self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
 
     def commit(self, stop: int, consumed: Consumed, supplied: Supplied) -> None:
-        """Writes what was consumed since the last commit, [position, stop), and what the loaders did for it."""
+        """Enters what was consumed since the last commit, [position, stop), and what the loaders did for it; then flush."""
         receipts = {source_epoch_name(*of): part.model_dump() for of, part in sorted(consumed.receipts.items())}
         left_out = {source_epoch_name(*of): count for of, count in sorted(consumed.left_out.items())}
         read = {"data": asdict(supplied.training), "validation": asdict(supplied.validation)}
         facts = {"receipts": receipts, "left_out": left_out, **read, "seconds": self._settle()}
-        self._write("commit", start=self._position, stop=stop, world=self.world, **facts)
+        self.journal.append(self._line("commit", start=self._position, stop=stop, world=self.world, **facts))
         self._position = stop
 
     def note(self, event: Literal["skipped", "slow"], **facts: object) -> None:
@@ -161,14 +186,23 @@ class Ledger:
         facts = {name: round(value, 6) for name, value in asdict(report).items()}
         self.journal.append(self._line("save", **facts))
 
-    def close(self, outcome: Outcome, *, best_loss: float | None, best_step: int | None) -> None:
-        """Writes how the attempt ended."""
-        self._write("end", outcome=outcome, steps=self._position, best_loss=best_loss, best_step=best_step, seconds=self._settle())
+    def close(self, outcome: Outcome, reason: str | None, **best: float | None) -> Goodput:
+        """Writes how the attempt ended, and what the wall time of the run went into until then."""
+        facts = {"outcome": outcome, "reason": reason, "steps": self._position, "done": self._done, **best}
+        line = self._line("end", **facts, seconds=self._settle())
+        found = goodput([*self.journal.lines, line])
+        self.journal.append({**line, "goodput": asdict(found)})
+        self.journal.flush()
+        return found
+
+    def flush(self) -> None:
+        """Makes every line so far durable; any thread may call it."""
+        self.journal.flush()
 
     def _settle(self) -> dict[str, float]:
-        """Seconds by kind since the last call; what nobody booked was idle."""
+        """Seconds by kind since the last call; what nobody booked was something else."""
         now = time.perf_counter()
-        self.spend("idle", max(now - self._since - sum(self._seconds.values()), 0.0))
+        self.spend("other", max(now - self._since - sum(self._seconds.values()), 0.0))
         seconds, self._seconds, self._since = self._seconds, {}, now
         return {kind: round(value, 6) for kind, value in seconds.items()}
 

@@ -170,7 +170,7 @@ def _by_epochs(url: str, backend: Backend, console: Console, stop: StopRequest) 
     ended = folder.end()
     if ended is not None:
         return _result(folder, ended)
-    _check_fits(folder.job, backend)
+    check_fits(folder.job, backend.world, backend.accumulation)
     with told_what_to_lower(backend), repeatable(backend.threads, backend.device), ExitStack() as stack:
         stage = build_stage(folder.job, open_release(folder.job.release), backend, folder.url)
         engine, files = backend.start(stage.model, folder.job.optimizer)
@@ -186,7 +186,7 @@ def _by_epochs(url: str, backend: Backend, console: Console, stop: StopRequest) 
         books = stack.enter_context(open_books(folder, stage, backend, state.step, fence, console, began))
         committer = None if fence is None else Committer(folder.checkpoints, fence.attempt, backend.world, broken)
         saver = stack.enter_context(Saver(folder.checkpoints, files, backend.rank, committer))
-        books.spent("startup")
+        books.started()
         consumed = Consumption(stage.plan, backend.rank, backend.world)
         work = Attempt(int(number), folder, stage, backend, engine, saver, state, books, stop, consumed, console)
         yield from _train(work)
@@ -200,11 +200,15 @@ def _start(*, fresh: bool, resume: bool) -> Start:
     return "fresh" if fresh else "resume" if resume else "continue"
 
 
-def _check_fits(job: AnyJob, backend: Backend) -> None:
-    parts = backend.world * backend.accumulation
-    if job.batch_size < parts:
+def check_fits(job: AnyJob, world: int, accumulation: int) -> None:
+    """Refuses more micro-batches than a batch has rows.
+
+    Raises:
+        SpecError: so it is.
+    """
+    if job.batch_size < world * accumulation:
         expected = f"at most {job.batch_size} ranks x micro-batches, one row of a batch each"
-        found = f"{backend.world} x {backend.accumulation}"
+        found = f"{world} x {accumulation}"
         raise SpecError(explain("profile", expected=expected, found=found, remedy="Use fewer, or a larger batch_size."))
 
 
@@ -297,7 +301,7 @@ def _commit(work: Attempt, supply: Supply, validated: EpochReport | None) -> Non
     """
     state, job = work.state, work.stage.job
     _settle(work)
-    work.books.commit(state.step, work.consumed.settle(work.backend), supply.settle(work.backend))
+    make_durable = work.books.commit(state.step, work.consumed.settle(work.backend), supply.settle(work.backend))
     score = math.nan if validated is None else validated.numbers[job.score]
     work.saver.save(
         RunState(
@@ -307,7 +311,8 @@ def _commit(work: Attempt, supply: Supply, validated: EpochReport | None) -> Non
             job_sha256=job.sha256,
             attempt=work.number,
             world=work.backend.world,
-        )
+        ),
+        first=make_durable,
     )
     work.books.spent("checkpoint")
 
@@ -327,7 +332,7 @@ def _enter_saves(work: Attempt) -> None:
 
 def _interrupted(work: Attempt) -> InterruptedRunError:
     _settle(work)
-    work.books.close("interrupted", work.state.stopping)
+    work.books.close("interrupted", work.state.stopping, work.stop.requested)
     found = f"{work.stop.requested or 'a signal'} after step {work.state.step} of {num_steps(work.stage)}"
     remedy = "A checkpoint was written: the same command continues."
     return InterruptedRunError(explain(work.folder.url, expected="to finish", found=found, remedy=remedy))

@@ -16,7 +16,7 @@ from draf_dist.training.run_folder import JOB, RunFolder, open_run
 # (step, event) -> its numbers by name.
 Numbers = dict[tuple[int, str], dict[str, Any]]
 # Of a step: how it came about, not what came out.
-TIMES = ("wait_s", "compute_s", "data")
+TIMES = ("wait_s", "compute_s", "data", "time")
 MISSING = "-"
 
 

@@ -21,14 +21,15 @@ from draf_dist.training.ledger import FILE as LEDGER
 from draf_dist.training.supply import LEFT_OUT
 from draf_dist.training.tracking import METRICS, TENSORBOARD
 from draf_dist.training.watch.flight import FLIGHT
+from draf_dist.training.watch.last_step import PROGRESS
 
 JOB = "job.yaml"
 MODEL = "model"
 # What runs had instead of attempts/ before attempts were numbered.
 TOKEN = "attempt"
 # Everything that a run, its evaluations and the gate write; --fresh removes this and nothing else.
-EVALUATED = ("predictions", "evaluation.json", "report.html", "evaluations", "verdict.json", "gate.html")
-CONTENT = (CHECKPOINTS, MODEL, TENSORBOARD, JOB, METRICS, LEDGER, ATTEMPTS, TOKEN, LEFT_OUT, FLIGHT, *EVALUATED)
+EVALUATED = ("predictions", "evaluation.json", "report.html", "evaluations", "evaluating", "verdict.json", "gate.html")
+CONTENT = (CHECKPOINTS, MODEL, TENSORBOARD, JOB, METRICS, LEDGER, PROGRESS, ATTEMPTS, TOKEN, LEFT_OUT, FLIGHT, *EVALUATED)
 Start = Literal["continue", "fresh", "resume"]
 
 

@@ -132,15 +132,18 @@ class Saver:
             self._pending.join(GRACE_S)
         self._given_up.set()
 
-    def save(self, state: RunState) -> None:
-        """Waits for the save before, copies what this rank owns, and leaves the rest to the thread. Every rank calls it."""
+    def save(self, state: RunState, first: Callable[[], None] = lambda: None) -> None:
+        """Waits for the save before, copies what this rank owns, and leaves the rest to the thread. Every rank calls it.
+
+        first: what the thread does before anything of the checkpoint is written; if that fails there is none.
+        """
         self.wait()
         began = time.perf_counter()
         content: dict[str, bytes | memoryview] = {tensors_file(self._rank): self._copy.take(self._files.fragments())}
         if self._rank == 0:
             content[STATE] = canonical_json(state)
         snapshot_s = time.perf_counter() - began
-        self._pending = _Task(lambda: self._put(state, content, snapshot_s))
+        self._pending = _Task(lambda: self._put(state, content, snapshot_s, first))
 
     def settled(self) -> list[SaveReport]:
         """The saves that became durable since the last call; does not wait."""
@@ -155,7 +158,10 @@ class Saver:
             pending, self._pending = self._pending, None
             self._done.append(pending.result())
 
-    def _put(self, state: RunState, content: dict[str, bytes | memoryview], snapshot_s: float) -> SaveReport:
+    def _put(
+        self, state: RunState, content: dict[str, bytes | memoryview], snapshot_s: float, first: Callable[[], None]
+    ) -> SaveReport:
+        first()
         began = time.perf_counter()
         step = state.order.step
         checkpoint = CheckpointName(state.attempt, step).id

@@ -7,6 +7,7 @@ from draf_dist.data.loader_stats import LoaderStats
 from draf_dist.data.release import open_release
 from draf_dist.errors import DrafError
 from draf_dist.schema.release import Receipt
+from draf_dist.training.goodput import Goodput, goodput
 from draf_dist.training.journal import Line
 from draf_dist.training.ledger import (
     NOTHING,
@@ -14,7 +15,6 @@ from draf_dist.training.ledger import (
     effective_commits,
     left_out_by_source,
     receipts_by_source,
-    seconds_by_kind,
     source_epoch_name,
     supply_of,
 )
@@ -30,15 +30,15 @@ class RunSummary:
     to fall; best_loss, best_step: its lowest, and when. samples: studies consumed, by source epoch. epochs_complete: source epochs
     consumed whole, each study once: their receipt equals the source's. as_planned: whether all receipts, those of begun epochs too,
     are those that the order gives for these steps. Both None where the release can't be read. left_out: samples that the order gave
-    and that were left out as unusable: with them no epoch is whole, and of as_planned only the counts can be compared. seconds:
-    wall time by kind, over all attempts; data, validation: what the loaders of all ranks did in them for either. epochs: the
-    validation lines of metrics.jsonl.
+    and that were left out as unusable: with them no epoch is whole, and of as_planned only the counts can be compared. goodput:
+    what the wall time went into; data, validation: what the loaders of all ranks did in all attempts for either. skipped, slow: the
+    lines of the ledger about updates that were skipped and ranks that were slow. epochs: the validation lines of metrics.jsonl.
     """
 
     url: str
     name: str
     release: str
-    state: Literal["open", "interrupted", "finished"]
+    state: Literal["open", "interrupted", "failed", "rolled_back", "finished"]
     attempts: int
     steps: int
     score: str
@@ -48,10 +48,12 @@ class RunSummary:
     epochs_complete: int | None
     as_planned: bool | None
     left_out: int
-    seconds: dict[str, float]
+    goodput: Goodput
     data: LoaderStats
     validation: LoaderStats
     checkpoints: tuple[int, ...]
+    skipped: tuple[Line, ...]
+    slow: tuple[Line, ...]
     epochs: tuple[Line, ...]
 
 
@@ -84,10 +86,12 @@ def summarise(run_url: str) -> RunSummary:
         epochs_complete=complete,
         as_planned=as_planned,
         left_out=sum(left_out.values()),
-        seconds=seconds_by_kind(lines),
+        goodput=goodput(lines),
         data=supplied.training,
         validation=supplied.validation,
         checkpoints=tuple(folder.checkpoints.steps()),
+        skipped=tuple(line for line in lines if line["event"] == "skipped"),
+        slow=tuple(line for line in lines if line["event"] == "slow"),
         epochs=epochs,
     )
 

@@ -1,6 +1,7 @@
 """The numbers of a run while it goes on: metrics.jsonl and TensorBoard."""
 
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class Tracker:
         seconds = {"wait_s": round(report.wait_s, 6), "compute_s": round(report.compute_s, 6)}
         data = _data_numbers(report, supply)
         facts = {"terms": report.terms, "samples": report.samples, **seconds, "data": data}
-        self._journal.append({"event": "step", "step": report.step, **numbers, **facts})
+        self._journal.append({"event": "step", "step": report.step, **numbers, **facts, "time": round(time.time(), 3)})
         self._scalars("data", data, report.step)
         self._scalars("train", {**numbers, **{f"terms/{name}": value for name, value in report.terms.items()}}, report.step)
 
@@ -64,13 +65,14 @@ class Tracker:
         self._scalars("val", numbers, step)
 
     def flush(self) -> None:
-        """Makes everything recorded so far durable."""
+        """Makes everything recorded so far durable; another thread may call it."""
         self._journal.flush()
         with room(self._folder):
             self._writer.flush()
         if self._staging is not None:
             for path in sorted(self._folder.iterdir()):
-                self._store.upload(f"{TENSORBOARD}/{path.name}", path)
+                # As it is now: it grows while it is sent.
+                self._store.write(f"{TENSORBOARD}/{path.name}", path.read_bytes())
 
     def _scalars(self, group: str, numbers: dict[str, float], step: int) -> None:
         with room(self._folder):

@@ -73,8 +73,8 @@ def trial_epochs(
 
 
 def training_seconds(folder: RunFolder) -> float:
-    """Wall time that a run's ledger accounts for, over all attempts, idle time left out."""
-    return sum(seconds for kind, seconds in seconds_by_kind(folder.ledger()).items() if kind != "idle")
+    """Wall time that a run's ledger accounts for, over all attempts, what is nothing in particular left out."""
+    return sum(seconds for kind, seconds in seconds_by_kind(folder.ledger()).items() if kind != "other")
 
 
 def durable_epochs(folder: RunFolder) -> list[EpochReport]:

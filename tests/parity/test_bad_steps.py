@@ -116,6 +116,9 @@ def test_a_bad_step_ends_the_run_and_leaves_what_it_was(job: FinetuneJob, tmp_pa
     assert [step["step"] for step in found["steps"]] == list(range(1, BAD + 2))
     assert {int(uid, 16) for uid in found["steps"][-1]["uids"]} == uids_of(job, BAD)
     assert "expected a finite loss" in found["troubles"][0]["what"]
+    ended = open_run(str(tmp_path / "run")).ledger()[-1]
+    assert (ended["event"], ended["outcome"], ended["reason"], ended["done"]) == ("end", "failed", "DrafError", BAD)
+    assert [failure["lost_steps"] for failure in ended["goodput"]["failures"]] == [BAD - ended["steps"]]
 
 
 def test_a_skipped_step_leaves_everything_else_as_it_was(job: FinetuneJob, undisturbed: Path, tmp_path: Path) -> None:
@@ -136,6 +139,11 @@ def test_going_back_skips_what_led_to_the_bad_step(job: FinetuneJob, tmp_path: P
         train(rolling, str(tmp_path / "run"), console=silent())
     assert skipped_lines(tmp_path / "run") == [(EVERY, BAD + 1)]
     assert_same(tmp_path / "run", told_to_skip(rolling, tmp_path / "told", EVERY, BAD + 1))
+    (failure,) = open_run(str(tmp_path / "run")).ledger()[-1]["goodput"]["failures"]
+    assert (failure["why"], failure["lost_steps"]) == ("bad loss", BAD - EVERY)
+    shown = CliRunner().invoke(app, ["run", "show", str(tmp_path / "run")]).stdout
+    assert "update skipped: loss nan" in shown
+    assert "bad loss" in shown
 
 
 def test_a_bad_gradient_is_taken_back_and_skipped(job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,8 @@ def test_an_interrupted_run_continues_as_if_nothing_had_been(
     assert caught.value.exit_code == 5
     assert losses(tmp_path / "run") == losses(undisturbed)[:step]
     assert run(job, tmp_path / "run").finished
+    found = summarise(str(tmp_path / "run")).goodput
+    assert (found.stops, found.failures, found.lost_steps, found.attempts) == ({"SIGTERM": 1}, (), 0, 2)
     assert_same_run(undisturbed, tmp_path / "run")
     assert_each_study_once_per_epoch(tmp_path / "run", job)
 
@@ -152,15 +154,34 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(
     spec, out = tmp_path / "job.yaml", tmp_path / "run"
     spec.write_text(json.dumps(job.model_dump(mode="json")))
     command = [sys.executable, "-c", COMMAND, str(spec), str(out)]
-    num_steps = len(losses(undisturbed))
+    num_steps, reached = len(losses(undisturbed)), []
     for kill_after in sorted(random.Random(7).sample(range(1, num_steps - 2), 2)):
         kill_once(command, out / "metrics.jsonl", kill_after)
+        reached.append(last_step(out / "metrics.jsonl"))
         assert open_run(str(out)).end() is None
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert_same_run(undisturbed, out)
     assert_each_study_once_per_epoch(out, job)
-    assert summarise(str(out)).attempts == 3
+    assert_every_second_is_told(out, reached)
+
+
+def assert_every_second_is_told(out: Path, reached: list[int]) -> None:
+    """reached: steps that each of the attempts had done when it was killed."""
+    ledger, found = open_run(str(out)).ledger(), summarise(str(out)).goodput
+    attempts = [line for line in ledger if line["event"] == "attempt"]
+    assert [failure.lost_steps for failure in found.failures] == [
+        step - after["start"] for step, after in zip(reached, attempts[1:], strict=True)
+    ]
+    assert found.lost_steps == sum(failure.lost_steps for failure in found.failures) > 0
+    assert found.wall_s == sum(found.seconds.values())
+    assert found.wall_s == pytest.approx(ledger[-1]["time"] - attempts[0]["began"], abs=0.05)
+    assert found.seconds["lost"] == pytest.approx(sum(failure.lost_s for failure in found.failures), abs=1e-3)
+    assert found.seconds["restart"] == pytest.approx(sum(failure.restart_s for failure in found.failures), abs=1e-3)
+    assert found.seconds["idle"] == 0
+    kept = sum(line["compute_s"] for line in read_lines(open_store(str(out)), "metrics.jsonl") if line["event"] == "step")
+    assert found.seconds["step"] == pytest.approx(kept, abs=1e-3)
+    assert ledger[-1]["goodput"]["seconds"] == found.seconds
 
 
 def kill_once(command: list[str], metrics: Path, after: int) -> None:
@@ -318,7 +339,16 @@ def test_a_summary_is_read_from_the_folder_alone(undisturbed: Path, job: Finetun
     assert summary.epochs_complete == job.epochs
     assert summary.steps == len(losses(undisturbed))
     assert summary.best_loss == min(nll for _, nll in validations(undisturbed))
-    assert {"startup", "data_wait", "step", "validate", "checkpoint", "idle"} == set(summary.seconds)
+    found = summary.goodput
+    assert {kind for kind, seconds in found.seconds.items() if seconds} == {
+        "startup",
+        "data_wait",
+        "step",
+        "validate",
+        "checkpoint",
+        "other",
+    }
+    assert (found.failures, found.lost_steps, found.stops) == ((), 0, {})
 
 
 def test_no_name_of_a_subject_is_in_a_run(undisturbed: Path, job: FinetuneJob) -> None:

@@ -112,6 +112,27 @@ def test_a_run_without_checkpoints_starts_at_the_beginning(tmp_path: Path) -> No
     assert newest_step(tmp_path) is None
 
 
+def test_the_books_come_before_anything_of_the_checkpoint(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, world=1)
+    seen: list[list[str]] = []
+    attempt.savers[0].save(state_at(10, 1), first=lambda: seen.append(attempt.checkpoints.store.list("checkpoints")))
+    attempt.savers[0].wait()
+    assert seen == [[]]
+    assert newest(tmp_path).checkpoint is not None
+
+
+def test_without_the_books_there_is_no_checkpoint(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, world=1)
+
+    def refused() -> None:
+        raise UnreachableError("no store")
+
+    attempt.savers[0].save(state_at(10, 1), first=refused)
+    with pytest.raises(UnreachableError):
+        attempt.savers[0].wait()
+    assert newest(tmp_path).checkpoint is None
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 

@@ -219,9 +219,9 @@ def test_seconds_add_up_over_attempts() -> None:
         commit(0, 4, 40, 1.5),
         {"event": "attempt", "start": 4},
         commit(4, 8, 40, 2.0),
-        {"event": "end", "seconds": {"idle": 1.0}},
+        {"event": "end", "seconds": {"other": 1.0}},
     ]
-    assert seconds_by_kind(lines) == {"step": 3.5, "idle": 1.0}
+    assert seconds_by_kind(lines) == {"step": 3.5, "other": 1.0}
 
 
 def test_a_journal_that_is_not_there_is_empty(tmp_path: Path) -> None:

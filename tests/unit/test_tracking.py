@@ -160,4 +160,5 @@ def test_lines_are_json_objects_with_what_a_plot_needs(tmp_path: Path) -> None:
         "wait_s",
         "compute_s",
         "data",
+        "time",
     }
