@@ -28,6 +28,7 @@ from draf_dist.cli import (
     retrain,
     run,
     run_diff,
+    run_export,
     run_replay,
     schema,
     submit,
@@ -60,9 +61,10 @@ app.command("retrain")(retrain.retrain)
 app.add_typer(models.app, name="models", help="Registered models: list, show, gate, promote, roll back, predict.")
 app.add_typer(delivery.app, name="delivery", help="Deliveries of raw files: seal, verify.")
 app.add_typer(release.app, name="release", help="Releases: verify, log.")
-app.add_typer(run.app, name="run", help="Runs: show, report, trace, replay, diff.")
+app.add_typer(run.app, name="run", help="Runs: show, report, trace, replay, diff, export.")
 run.app.command("replay")(run_replay.replay)
 run.app.command("diff")(run_diff.diff)
+run.app.command("export")(run_export.export)
 
 DEBUG = "--debug"
 # What typer makes of a KeyboardInterrupt.

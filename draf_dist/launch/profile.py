@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from draf_dist.config.spec import Spec
 from draf_dist.errors import SpecError, explain
@@ -16,6 +16,7 @@ class OneProcessProfile(Spec):
     """This process. auto takes a CUDA device if there is one. accumulation: micro-batches per step, where a batch does not fit.
 
     threads: what one operator uses. decode_threads: what decodes samples; None takes as many as there are cores, at most 16.
+    activation_checkpointing: blocks of the model are computed again in backward instead of kept.
     """
 
     kind: Literal["one_process"] = "one_process"
@@ -23,6 +24,7 @@ class OneProcessProfile(Spec):
     threads: int = Field(1, ge=1)
     decode_threads: int | None = Field(None, ge=1)
     accumulation: int = Field(1, ge=1)
+    activation_checkpointing: bool = False
 
     def backend(self) -> OneProcess:
         """The place to compute.
@@ -36,22 +38,30 @@ class OneProcessProfile(Spec):
             raise SpecError(explain("profile: device", expected="a CUDA device", found="none", remedy=remedy))
         device = torch.device("cpu" if self.device == "cpu" or not found else "cuda")
         decode_threads = self.decode_threads or decode_threads_of(1)
-        return OneProcess(self.threads, self.accumulation, device, decode_threads=decode_threads)
+        checkpointing = self.activation_checkpointing
+        return OneProcess(
+            self.threads, self.accumulation, device, decode_threads=decode_threads, activation_checkpointing=checkpointing
+        )
 
 
 class RayProfile(Spec):
     """Workers of a Ray cluster, one rank each, with DeepSpeed.
 
+    min_workers: a run goes on with so many where nodes are lost, and starts where not all are there; it takes more, up to
+    `workers`, as nodes come. None: always exactly `workers`. resize_pause_s: so long a number is kept before more are taken up.
     address: None starts a cluster on this machine for as long as the command runs; `auto` or host:port joins one that exists, from
     one of its nodes. cpus_per_worker: what Ray sets aside for a worker, which may be a fraction; threads: what one operator uses.
     decode_threads: what decodes samples; None takes the cores of a node divided by its workers, at least 1 and at most 16.
-    gpus_per_worker: 0 computes on CPUs over gloo, 1 on GPUs over NCCL. max_failures: how often the workers are started again after
-    one was lost. collective_timeout_s: how long a rank waits for the others before it takes them for lost; longer than anything
-    that one rank does alone (uploading a checkpoint). nodes_timeout_s: how long to wait for nodes that an autoscaler brings.
+    gpus_per_worker: 0 computes on CPUs over gloo, 1 on GPUs over NCCL. max_failures: how often in a row, without a new checkpoint
+    in between, the workers are started again after one was lost. collective_timeout_s: how long a rank waits for the others before
+    it takes them for lost; longer than anything that one rank does alone (uploading a checkpoint). nodes_timeout_s: how long to
+    wait for nodes that an autoscaler brings.
     """
 
     kind: Literal["ray"] = "ray"
     workers: int = Field(2, ge=1)
+    min_workers: int | None = Field(None, ge=1)
+    resize_pause_s: float = Field(120.0, ge=0)
     address: str | None = None
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: int = Field(0, ge=0, le=1)
@@ -71,6 +81,17 @@ class RayProfile(Spec):
         if "://" in address or not host or not port.isdecimal():
             raise ValueError("expected auto or host:port of the cluster's head; the command itself runs on one of its nodes")
         return address
+
+    @model_validator(mode="after")
+    def _least_and_most(self) -> "RayProfile":
+        if self.least > self.workers:
+            raise ValueError(f"min_workers: expected at most workers, {self.workers}")
+        return self
+
+    @property
+    def least(self) -> int:
+        """The fewest workers that a start is worth."""
+        return self.workers if self.min_workers is None else self.min_workers
 
     @property
     def bundle(self) -> dict[str, float]:

@@ -69,3 +69,7 @@ class FusionHead(nn.Module):
         """G alone, of any (..., inputs)."""
         logits: Tensor = self.layers(features)
         return logits
+
+    def checkpointed_blocks(self) -> tuple[nn.Module, ...]:
+        """See HasBlocks: of all passes and modalities it keeps the hidden layer otherwise."""
+        return (self.layers,)

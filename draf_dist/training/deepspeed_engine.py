@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import WARNING, LogRecord
 from typing import Any
@@ -13,6 +15,7 @@ from torch.nn import functional
 from torch.nn.utils import get_total_norm
 
 from draf_dist.errors import SpecError, explain
+from draf_dist.training.activation_checkpointing import checkpoint_activations
 from draf_dist.training.backend import DECODE_THREADS
 from draf_dist.training.bf16 import compute_in_bf16
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
@@ -27,12 +30,15 @@ with not_imported("mlflow"):
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from deepspeed.runtime.utils import register_output_backward_hooks
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.utils import logger
 
 # ZeRO 3 leaves parameters with fewer elements whole: gathering them costs more than it saves.
 WHOLE_BELOW = 100_000
 # Gradient elements that are reduced at once.
 LARGEST_BUCKET = 500_000_000
+# No module has this number.
+_AGAIN = -1
 # ZeRO 3 puts its own in place of this one, for the whole process.
 TORCH_LINEAR = functional.linear
 
@@ -152,6 +158,8 @@ class DeepSpeedRanks:
         # Another linear adds gradients in another order, so what this engine computes must not depend on an earlier one's stage.
         functional.linear = TORCH_LINEAR
         module = module.to(self.device)
+        if self.config.activation_checkpointing:
+            checkpoint_activations(module, *([_still_gathered] if self.config.zero_stage == 3 else []))
         if self.config.precision == "bf16":
             compute_in_bf16(module, self.device)
         optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -163,19 +171,46 @@ class DeepSpeedRanks:
 
 def settings(config: DeepSpeedConfig, clip_norm: float | None, num_parameters: int) -> dict[str, Any]:
     """DeepSpeed's own configuration. Clipping is spelled out because it is on by default."""
-    # ZeRO 2 allocates a bucket at every backward, 2 GB by default, and deterministic torch fills what it allocates.
-    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(num_parameters, LARGEST_BUCKET)}
-    if config.zero_stage == 3:
-        zero["stage3_param_persistence_threshold"] = WHOLE_BELOW
     return {
         # The true batch is the loader's business: ranks may hold different numbers of rows, so there is no global size to give.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": clip_norm or 0.0,
-        "zero_optimization": zero,
+        "zero_optimization": _zero_settings(config, num_parameters),
         "zero_allow_untested_optimizer": True,
+        # DeepSpeed's own Adam for the CPU would be compiled first, and rounds otherwise than torch's.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
+        **config.extra.of_engine(),
     }
+
+
+def _zero_settings(config: DeepSpeedConfig, num_parameters: int) -> dict[str, Any]:
+    # ZeRO 2 allocates a bucket at every backward, 2 GB by default, and deterministic torch fills what it allocates.
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(num_parameters, LARGEST_BUCKET)}
+    if config.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = WHOLE_BELOW
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload == "optimizer_and_parameters":
+        zero["offload_param"] = {"device": "cpu"}
+    return zero | config.extra.of_zero()
+
+
+@contextmanager
+def _still_gathered(block: nn.Module) -> Iterator[None]:
+    """Leaves the parameters of a block that is computed again as gathered as they were.
+
+    ZeRO 3 gives them back after every forward, but here backward has gathered some already and is about to use them.
+    """
+    in_use = [parameter for parameter in block.parameters() if parameter.ds_status is ZeroParamStatus.AVAILABLE]  # type: ignore[attr-defined]
+    before = [set(parameter.ds_active_sub_modules) for parameter in in_use]  # type: ignore[attr-defined]
+    for parameter in in_use:
+        # They are given back once no module uses them; this stands for one that does.
+        parameter.ds_active_sub_modules.add(_AGAIN)  # type: ignore[attr-defined]
+    yield
+    for parameter, users in zip(in_use, before, strict=True):
+        parameter.ds_active_sub_modules = users  # type: ignore[attr-defined]
 
 
 def skip_compiled_operators() -> None:

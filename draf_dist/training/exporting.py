@@ -1,9 +1,15 @@
-"""The product of a run: the weights of its best validation, in the form in which others take them."""
+"""The product of a run in the form in which others take it: the weights of its best validation, or of any checkpoint."""
 
-from draf_dist.errors import DataError, explain
+from dataclasses import dataclass
+
+from draf_dist.data.release import open_release
+from draf_dist.errors import DataError, SpecError, explain
 from draf_dist.protocols.names import CHECKPOINTS
-from draf_dist.training.run_folder import MODEL, RunFolder
+from draf_dist.storage import open_store
+from draf_dist.training.run_folder import MODEL, RunFolder, open_run
 from draf_dist.training.stage import Stage
+from draf_dist.training.stages import build_stage
+from draf_dist.training.torch_engine import OneProcess
 
 
 def export_best(folder: RunFolder, stage: Stage, step: int) -> None:
@@ -14,6 +20,37 @@ def export_best(folder: RunFolder, stage: Stage, step: int) -> None:
     """
     for name, content in _files(folder, stage, step).items():
         folder.store.write(f"{MODEL}/{name}", content)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint that was exported: steps done there, and the names of the files."""
+
+    step: int
+    files: tuple[str, ...]
+
+
+def export_checkpoint(run_url: str, step: int | None, out: str) -> Exported:
+    """Writes the files of model/ from the checkpoint of a step, None for the newest, into a folder of any store.
+
+    The run may be finished or not; nothing of it is written.
+
+    Raises:
+        SpecError: no such run, no checkpoint of that step, or the release is gone.
+        DataError: the checkpoint is broken.
+    """
+    folder = open_run(run_url)
+    saved = folder.checkpoints.steps()
+    chosen = max(saved, default=None) if step is None else step
+    if chosen is None or chosen not in saved:
+        expected = "a run with checkpoints" if step is None else f"a checkpoint at step {step}"
+        found = f"some at {', '.join(map(str, saved))}" if saved else "none"
+        raise SpecError(explain(folder.url, expected=expected, found=found, remedy="See draf run show."))
+    stage = build_stage(folder.job, open_release(folder.job.release), OneProcess())
+    files, store = stage.export(folder.checkpoints.at(chosen).tensors.weights()), open_store(out)
+    for name, content in files.items():
+        store.write(name, content)
+    return Exported(chosen, tuple(files))
 
 
 def _files(folder: RunFolder, stage: Stage, step: int) -> dict[str, bytes]:

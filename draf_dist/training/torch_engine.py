@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from draf_dist.errors import DataError, explain
+from draf_dist.training.activation_checkpointing import checkpoint_activations
 from draf_dist.training.backend import DECODE_THREADS
 from draf_dist.training.fragments import KINDS_OF_ADAM, Fragment, Kind, WholeTensors, kind_of, whole
 from draf_dist.training.job import OptimizerConfig
@@ -78,7 +79,10 @@ class TorchFiles:
 
 @dataclass(frozen=True)
 class OneProcess:
-    """The whole run in this process. accumulation cuts every batch into that many micro-batches, to fit into memory."""
+    """The whole run in this process. accumulation cuts every batch into that many micro-batches, to fit into memory.
+
+    activation_checkpointing: blocks of the model are computed again in backward, for the same reason.
+    """
 
     threads: int = 1
     accumulation: int = 1
@@ -86,6 +90,7 @@ class OneProcess:
     rank: int = 0
     world: int = 1
     decode_threads: int = DECODE_THREADS
+    activation_checkpointing: bool = False
 
     def reduce(self, values: Tensor) -> Tensor:
         """The sum over one rank."""
@@ -98,6 +103,8 @@ class OneProcess:
     def start(self, module: nn.Module, config: OptimizerConfig) -> tuple[TorchEngine, TorchFiles]:
         """Adam with decoupled weight decay."""
         module = module.to(self.device)
+        if self.activation_checkpointing:
+            checkpoint_activations(module)
         optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         return TorchEngine(module, optimizer, clip_norm=config.clip_norm), TorchFiles(module, optimizer)
 

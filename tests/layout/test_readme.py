@@ -48,6 +48,7 @@ VERBS = [
     ["run", "trace"],
     ["run", "replay"],
     ["run", "diff"],
+    ["run", "export"],
 ]
 
 

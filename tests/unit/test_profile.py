@@ -135,7 +135,6 @@ def test_a_node_holds_as_many_workers_as_the_scarcer_of_cpus_and_gpus_allows() -
     ("before", "after", "problem"),
     [
         ("count: 2, max_count: 4", "count: 2, max_count: 1", "workers.max_count: expected at least count, 2"),
-        ("nodes_timeout_s: 1800", "nodes_timeout_s: 0", "train.nodes_timeout_s: expected how long to wait"),
         ("address: auto", "address: 10.0.0.1:6379", "train.address: expected auto"),
         ("storage: s3://", "storage: s3://key:word@", "expected a URL without credentials"),
         ("storage: s3://", "storage: s3://key:word/with/slash@", "expected a URL without credentials"),
@@ -160,10 +159,15 @@ def test_a_cluster_that_can_not_be_is_refused_by_key(tmp_path: Path, before: str
     assert "key:word" not in str(caught.value)
 
 
-def test_nodes_that_are_there_from_the_start_need_no_waiting(tmp_path: Path) -> None:
-    text = (CLUSTER / "profiles" / "four_gpu_nodes.yaml").read_text()
-    fewer = text.replace("nodes_timeout_s: 1800", "nodes_timeout_s: 0").replace("workers: 32", "workers: 16")
-    assert load_cluster(written(tmp_path, fewer)).train.workers == 16
+def test_only_a_run_that_can_not_begin_on_the_nodes_that_are_there_needs_to_wait(tmp_path: Path) -> None:
+    """Two nodes with eight GPUs are there from the start, of four."""
+    text = (CLUSTER / "profiles" / "four_gpu_nodes.yaml").read_text().replace("nodes_timeout_s: 1800", "nodes_timeout_s: 0")
+    train = load_cluster(written(tmp_path, text.replace("min_workers: 8", "min_workers: 16"))).train
+    assert (train.least, train.workers) == (16, 32)
+    assert load_cluster(written(tmp_path, text.replace("workers: 32\n  min_workers: 8", "workers: 16"))).train.least == 16
+    for more in ("workers: 32\n  min_workers: 17", "workers: 32"):
+        with pytest.raises(SpecError, match="train.nodes_timeout_s: expected how long to wait"):
+            load_cluster(written(tmp_path, text.replace("workers: 32\n  min_workers: 8", more)))
 
 
 def test_the_schema_of_a_cluster_says_what_its_parts_are() -> None:
@@ -207,3 +211,35 @@ def test_a_password_in_a_dashboard_is_not_repeated(tmp_path: Path, dashboard: st
 def test_a_dashboard_may_lie_behind_a_gate(tmp_path: Path, dashboard: str) -> None:
     text = (CLUSTER / "profiles" / "laptop.yaml").read_text().replace("http://127.0.0.1:8265", f"'{dashboard}'")
     assert load_cluster(written(tmp_path, text)).dashboard == dashboard
+
+
+def test_what_is_passed_on_to_deepspeed_is_checked_at_once_and_all_of_it(tmp_path: Path) -> None:
+    extra = "{train_batch_size: 4, wall_clock_breakdwn: true, zero_optimization: {stage: 1, allgather_bucket_size: many}}"
+    with pytest.raises(SpecError) as caught:
+        load_profile(written(tmp_path, f"kind: ray\ndeepspeed: {{extra: {extra}}}\n"))
+    told = {line.split(": ", 1)[1].split(": ")[0]: line for line in str(caught.value).splitlines()}
+    assert len(told) == 4
+    assert "can't be passed on: the job's batch_size sets it, found 4" in told["deepspeed.extra.train_batch_size"]
+    assert "can't be passed on: deepspeed.zero_stage sets it, found 1" in told["deepspeed.extra.zero_optimization.stage"]
+    assert "Did you mean 'wall_clock_breakdown'?" in told["deepspeed.extra.wall_clock_breakdwn"]
+    assert "valid integer" in told["deepspeed.extra.zero_optimization.allgather_bucket_size"]
+    assert "found 'many'" in told["deepspeed.extra.zero_optimization.allgather_bucket_size"]
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "told"),
+    [
+        ("{zero_stage: 0, offload: optimizer}", "offload optimizer needs zero_stage 1 or 2 or 3, not 0"),
+        ("{zero_stage: 2, offload: optimizer_and_parameters}", "needs zero_stage 3, not 2"),
+        ("{zero_stage: 2, extra: {zero_optimization: {stage3_max_live_parameters: 9}}}", "do nothing at zero_stage 2: stage3_max"),
+        ("{zero_stage: 0, extra: {zero_optimization: {overlap_comm: true}}}", "do nothing at zero_stage 0: overlap_comm"),
+    ],
+)
+def test_what_a_zero_stage_does_not_have_is_refused(tmp_path: Path, deepspeed: str, told: str) -> None:
+    with pytest.raises(SpecError, match=told):
+        load_profile(written(tmp_path, f"kind: ray\ndeepspeed: {deepspeed}\n"))
+
+
+def test_activation_checkpointing_reaches_the_one_process() -> None:
+    assert OneProcessProfile(device="cpu", activation_checkpointing=True).backend().activation_checkpointing
+    assert not OneProcessProfile(device="cpu").backend().activation_checkpointing

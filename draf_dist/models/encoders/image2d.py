@@ -60,6 +60,10 @@ class Image2dEncoder(nn.Module):
         features: Tensor = self.projection(pooled, keys)
         return features
 
+    def checkpointed_blocks(self) -> nn.ModuleList:
+        """See HasBlocks."""
+        return self.blocks
+
 
 class ResidualBlock(nn.Module):
     """conv - norm - relu - conv - norm, plus the input (through a 1x1 convolution where shapes differ), then relu."""

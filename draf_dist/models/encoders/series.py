@@ -75,6 +75,10 @@ class SeriesTransformer(nn.Module):
         features: Tensor = self.projection(_masked_mean(tokens, _steps(series)), keys)
         return features
 
+    def checkpointed_blocks(self) -> nn.ModuleList:
+        """See HasBlocks."""
+        return self.blocks
+
 
 def _steps(series: SeriesInput) -> Tensor:
     """Which steps count: bool (B, T)."""
