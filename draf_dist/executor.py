@@ -9,7 +9,7 @@ import os
 import signal
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -54,10 +54,11 @@ Outcome = Done[ResultT] | Failed
 class Executor(Protocol):
     """Where tasks run. One at a time or many at once: what they give may not depend on it."""
 
-    def map(self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]) -> Iterator[Outcome[ResultT]]:
+    def map(self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]) -> Generator[Outcome[ResultT], None, None]:
         """The outcome of every task once, in the order in which they end; a worker that dies is replaced, its task tried again.
 
-        function and tasks must be picklable, and a task that is repeated must give what it gave.
+        function and tasks must be picklable, and a task that is repeated must give what it gave. Closing the generator ends what is
+        in hand.
 
         Raises:
             InterruptedRunError: a task, or the process, was asked to stop; tasks in hand have been told.
@@ -68,7 +69,7 @@ class Executor(Protocol):
 class Serial:
     """One task after another in this process, in order."""
 
-    def map(self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]) -> Iterator[Outcome[ResultT]]:
+    def map(self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]) -> Generator[Outcome[ResultT], None, None]:
         """See Executor.map."""
         for index, task in enumerate(tasks):
             yield unless_interrupted(attempt(function, index, task))
@@ -80,7 +81,7 @@ class Processes:
 
     num_workers: int
 
-    def map(self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]) -> Iterator[Outcome[ResultT]]:
+    def map(self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]) -> Generator[Outcome[ResultT], None, None]:
         """See Executor.map."""
         waiting = deque((index, TRIES) for index in range(len(tasks)))
         busy: dict[Connection, _Worker[ResultT]] = {}

@@ -1,16 +1,18 @@
 """`draf evaluate`: a finished run to predictions, evaluation.json and report.html."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
 
 from draf_dist.cli.output import JsonOption, SetOption, console, print_json, progress, table
+from draf_dist.cli.prepare import termination_as_interrupt
 from draf_dist.cli.subject_key import subject_key
 
 if TYPE_CHECKING:
     from draf_dist.evaluation.results import Evaluation, SplitResult
+    from draf_dist.evaluation.spread import Workers
     from draf_dist.evaluation.statistics import Estimate
 
 SHOWN = ("auroc", "auprc", "nll", "ece", "brier", "aurc", "accuracy")
@@ -21,12 +23,13 @@ def evaluate(
     job: Annotated[Path | None, typer.Option(help="Evaluation spec (YAML); the defaults if not given.")] = None,
     release: Annotated[str | None, typer.Option(help="Another release to evaluate on, with the same modalities and label.")] = None,
     truth: Annotated[Path | None, typer.Option(help="Folder `truth` of `draf synth`: also report regret.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Where to run (YAML, see cluster/); this process if not given.")] = None,
     overrides: SetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure accuracy, calibration, abstention and robustness of a run, per site and per missing pattern, with intervals.
+    """Measure accuracy, calibration, abstention and robustness of a run, with intervals. The same command continues.
 
-    Example: draf evaluate runs/first --truth data/truth
+    Example: draf evaluate runs/first --truth data/truth --profile cluster/ray_local.yaml
     """
     from draf_dist.config.spec import apply_overrides, read_yaml, validate_spec
     from draf_dist.evaluation.evaluate import REPORT, results_folder
@@ -38,13 +41,15 @@ def evaluate(
     apply_overrides(tree, overrides or ())
     spec = validate_spec(tree, EvaluateJob, where="--set" if job is None else str(job))
     planted = None if truth is None else posterior_by_uid(truth, subject_key(public=True))
-    with progress() as bar:
+    workers = workers_of(profile, run)
+    with termination_as_interrupt(), progress() as bar:
         task = bar.add_task("evaluating", total=None)
         found = evaluate_run(
             run,
             spec,
             release_url=release,
             truth=planted,
+            workers=workers,
             on_progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
         )
     if json:
@@ -52,6 +57,27 @@ def evaluate(
         return
     print_evaluation(found)
     console.print(f"Report: {run.rstrip('/')}/{results_folder(found.about)}{REPORT}", soft_wrap=True, highlight=False)
+
+
+def workers_of(path: Path | None, run: str) -> "Workers":
+    """Who predicts; run: URL of the run folder, where parts are written."""
+    from draf_dist.evaluation.parts import Place
+    from draf_dist.evaluation.spread import Workers
+    from draf_dist.executor import Serial
+    from draf_dist.launch.cluster_profile import load_profile
+    from draf_dist.launch.profile import OneProcessProfile
+
+    profile = OneProcessProfile() if path is None else load_profile(path)
+    if isinstance(profile, OneProcessProfile):
+        here = profile.backend()
+        device: Literal["cpu", "cuda"] = "cuda" if here.device.type == "cuda" else "cpu"
+        return Workers(Serial(), Place(device, here.threads, here.decode_threads))
+    # Ray takes seconds to import; who does not use it does not wait for it.
+    from draf_dist.launch.ray_executor import RayExecutor
+
+    decode_threads = profile.decode_threads or Place().decode_threads
+    place = Place("cuda" if profile.gpus_per_worker else "cpu", profile.threads, decode_threads)
+    return Workers(RayExecutor(profile, run), place)
 
 
 def print_evaluation(evaluation: "Evaluation") -> None:

@@ -11,8 +11,8 @@ from draf_dist.continual.serve import Noise, Progress, predict_split, scaled, te
 from draf_dist.continual.verdict import Lineage, Side, Verdict, judge
 from draf_dist.data.release import Release, open_release, split_version
 from draf_dist.errors import GateError, SpecError, explain, together
-from draf_dist.evaluation.evaluate import Subject, open_subject
 from draf_dist.evaluation.predictions import Predictions
+from draf_dist.evaluation.subject import Subject, open_subject
 from draf_dist.schema.release import Split
 from draf_dist.training.job import PINNED, FinetuneJob
 from draf_dist.training.run_folder import RunFolder, open_run

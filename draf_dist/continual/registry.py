@@ -21,7 +21,7 @@ from draf_dist.continual.serve import check_model, model_sha256, temperature_of
 from draf_dist.continual.verdict import Verdict
 from draf_dist.continual.version import CHALLENGER, CHAMPION, ModelVersion
 from draf_dist.errors import DrafError, GateError, SpecError, UnreachableError, explain
-from draf_dist.evaluation.evaluate import open_subject
+from draf_dist.evaluation.subject import open_subject
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as Stored

@@ -20,7 +20,7 @@ from draf_dist.continual.version import ModelVersion
 from draf_dist.data.release import Release, lineage, open_release, split_version
 from draf_dist.data.replay import num_training, parts_since
 from draf_dist.errors import DataError, GateError, SpecError, explain
-from draf_dist.evaluation.evaluate import open_subject
+from draf_dist.evaluation.subject import open_subject
 from draf_dist.launch.profile import Profile
 from draf_dist.launch.train import train_with
 from draf_dist.storage import Store, open_store

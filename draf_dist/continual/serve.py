@@ -11,9 +11,9 @@ from draf_dist.data.loader import EVALUATION_PREFETCH, Reading, SplitLoader
 from draf_dist.data.normalise import Normaliser
 from draf_dist.data.release import Release, open_release
 from draf_dist.errors import GateError, SpecError, explain
-from draf_dist.evaluation.evaluate import Subject, read_exported
 from draf_dist.evaluation.predict import Predictor, check_coverage
 from draf_dist.evaluation.predictions import Predictions
+from draf_dist.evaluation.subject import Subject, read_exported
 from draf_dist.metrics.temperature import Temperature, fit_temperature, scale
 from draf_dist.models.exchange import digest
 from draf_dist.models.export import DESCRIPTION, ExportedModel

@@ -31,9 +31,15 @@ class BadData(Spec):
     policy: Policy = "fail"
     limit: float = Field(0.01, gt=0, lt=1)
 
+    def is_exceeded(self, num_left_out: int, num_read: int) -> bool:
+        """Whether too many members of those read were left out."""
+        return num_left_out > self.limit * max(num_read, FIRST_MEMBERS)
+
 
 # What is asked for where nothing is said.
 STRICT = BadData()
+# A limit for who asks later, of several parts together.
+UNLIMITED = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class BadDataDesk:
             self.num_left_out += 1
             if len(self._listed) < LISTED:
                 self._listed.setdefault(str(error), LeftOut(step, str(error)))
-            too_many = self.num_left_out > self._rule.limit * max(self.num_read, FIRST_MEMBERS)
+            too_many = self._rule.is_exceeded(self.num_left_out, self.num_read)
         if too_many:
             raise self._too_many(error)
 

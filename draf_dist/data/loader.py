@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import count, islice, takewhile
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from draf_dist.data.arena import Arena
@@ -137,12 +138,28 @@ class Loader:
         return Rows(step, self.num_rows, draws.source[mine], draws.epoch[mine], draws.sample[mine])
 
 
+@dataclass(frozen=True)
+class Portion:
+    """Which batches of a pass are read, and what of them.
+
+    steps: numbers of batches; None for all. chosen: bool (N,), the samples of the split that are read, for one rank alone; None
+    for all; a batch of which none is read is left out. partners: modality -> for every sample of the split the sample whose
+    modality it gets (its own number: no change); what is exchanged so is flagged as corrupted with severity 1.
+    """
+
+    steps: range | None = None
+    chosen: NDArray[np.bool_] | None = None
+    partners: Mapping[str, IntArray] | None = None
+
+
+WHOLE = Portion()
+
+
 class SplitLoader:
     """Every sample of a split once a pass, in the order they are stored, epoch 0; the last batch is short.
 
     Of several ranks each gets its cut of every batch, the last one padded: all have the same number of batches, none is empty.
-    partners: modality -> for every sample of the split the sample whose modality it gets (its own number: no change); what is
-    exchanged so is flagged as corrupted with severity 1. The limit of `reading.bad_data` is asked of every pass by itself.
+    The limit of `reading.bad_data` is asked of every pass by itself.
     """
 
     def __init__(
@@ -154,12 +171,12 @@ class SplitLoader:
         rank: int = 0,
         world: int = 1,
         threads: int = 2,
-        partners: Mapping[str, IntArray] | None = None,
         reading: Reading = Reading(prefetch=EVALUATION_PREFETCH),
     ) -> None:
+        self.release, self.split = release, split
         self._reader = ShardReader(release.apart(split), split)
         self._batch_size, self._rank, self._world = batch_size, rank, world
-        self._threads, self._partners, self._reading = threads, partners, reading
+        self._threads, self._reading = threads, reading
         self._stores = _stores([self._reader])
         self._earlier = LoaderStats()
         self._left_out: dict[str, LeftOut] = {}
@@ -173,34 +190,52 @@ class SplitLoader:
         """Of all passes that have ended, of this loader alone."""
         return self._earlier + of_stores(self._stores)
 
-    def batches(self) -> Iterator[Batch]:
-        """One pass. Raises as `Loader.batches`."""
+    @property
+    def num_samples(self) -> int:
+        """Of the split."""
+        return self._reader.num_samples
+
+    @property
+    def num_batches(self) -> int:
+        """Of a whole pass."""
+        return -(-self.num_samples // self._batch_size)
+
+    def uids(self) -> IntArray:
+        """The uids of all samples of the split, in the order of a pass; reads the indexes of all shards."""
+        return self._reader.uids(np.arange(self._reader.num_samples, dtype=np.int64))
+
+    def batches(self, portion: Portion = WHOLE) -> Iterator[Batch]:
+        """One pass, or a part of one: nothing else is read. Raises as `Loader.batches`."""
         desk = BadDataDesk(self._reading.bad_data, self._reader.release.pinned_url)
-        filler = Filler([self._reader], None, desk, self._partners)
+        filler = Filler([self._reader], None, desk, portion.partners)
         plan = Sequential(tuple(shard.num_samples for shard in self._reader.shards), self._batch_size)
         with ExitStack() as stack:
             lease = _lease([self._reader], plan, self._reading, stack)
             stack.callback(self._count, desk, lease)
             workshop = Workshop(filler, plan, Arena(), self._threads, self._reading.prefetch, lease)
-            for _, batch in stack.enter_context(closing(in_order(self._rows(), workshop))):
+            for _, batch in stack.enter_context(closing(in_order(self._rows(portion), workshop))):
                 yield batch
 
-    def studies(self) -> Iterator[Batch]:
-        """One pass without padding: what was left out is not there, and the batch that much shorter."""
-        for batch in self.batches():
+    def studies(self, portion: Portion = WHOLE) -> Iterator[Batch]:
+        """The same without padding: what was left out is not there, and the batch that much shorter."""
+        for batch in self.batches(portion):
             real = batch.weight > 0
             if real.any():
                 yield batch if real.all() else _rows_of(batch, real)
 
-    def _rows(self) -> Iterator[Rows]:
+    def _rows(self, portion: Portion) -> Iterator[Rows]:
         samples = np.arange(self._reader.num_samples, dtype=np.int64)
         zeros = np.zeros(min(self._batch_size, len(samples)), dtype=np.int64)
         whole = rank_entries(self._batch_size, self._batch_size, self._rank, self._world)
-        for step, start in enumerate(range(0, len(samples), self._batch_size)):
-            part = samples[start : start + self._batch_size]
-            part = part[rank_entries(len(part), self._batch_size, self._rank, self._world)]
-            num_rows = len(part) if self._world == 1 else whole.stop - whole.start
-            yield Rows(step, num_rows, zeros[: len(part)], zeros[: len(part)], part)
+        for step in range(self.num_batches) if portion.steps is None else portion.steps:
+            mine = samples[step * self._batch_size : (step + 1) * self._batch_size]
+            mine = mine[rank_entries(len(mine), self._batch_size, self._rank, self._world)]
+            num_rows = len(mine) if self._world == 1 else whole.stop - whole.start
+            if portion.chosen is not None:
+                mine = mine[portion.chosen[mine]]
+                num_rows = len(mine)
+            if num_rows:
+                yield Rows(step, num_rows, zeros[: len(mine)], zeros[: len(mine)], mine)
 
     def _count(self, desk: BadDataDesk, lease: Lease | None) -> None:
         cached = LoaderStats() if lease is None else of_cache(lease.stats)
@@ -218,12 +253,11 @@ def evaluation_batches(
     split: Split,
     batch_size: int,
     *,
-    partners: Mapping[str, IntArray] | None = None,
     bad_data: BadData = STRICT,
 ) -> Iterator[Batch]:
     """The studies of one pass of a SplitLoader; raises as that does."""
     reading = Reading(prefetch=EVALUATION_PREFETCH, bad_data=bad_data)
-    return SplitLoader(release, split, batch_size, partners=partners, reading=reading).studies()
+    return SplitLoader(release, split, batch_size, reading=reading).studies()
 
 
 def evaluation_bytes(release: Release, split: Split, batch_size: int) -> int:

@@ -13,9 +13,9 @@ from draf_dist.data.loader import evaluation_batches
 from draf_dist.data.release import open_release
 from draf_dist.errors import DataError, explain
 from draf_dist.evaluation.baselines import BaselineConfig, predict_baseline, read_examples
-from draf_dist.evaluation.evaluate import open_subject
 from draf_dist.evaluation.predict import Predictor, check_coverage
 from draf_dist.evaluation.predictions import Predictions, file_name, read_predictions, write_predictions
+from draf_dist.evaluation.subject import open_subject
 from draf_dist.metrics.temperature import Temperature, fit_temperature
 from draf_dist.schema.modality import Record
 from draf_dist.schema.release import Split

@@ -34,20 +34,25 @@ class Predictor:
     passes: int
     seed: int
 
-    @torch.no_grad()
     def predict(self, batches: Iterable[Batch], *, split: str, applied: Applied | None = None) -> Predictions:
         """Predictions of normalised batches, one batch in memory at a time.
 
         Raises:
             DataError: there is no study in the batches.
         """
-        self.model.eval()
-        parts = [self._predict_batch(batch, split, applied or Applied()) for batch in batches]
-        if not parts:
+        found = self.predict_any(batches, split, applied or Applied())
+        if found is None:
             raise DataError(
                 explain(f"split {split}", expected="at least one study", found="none", remedy="Evaluate another split.")
             )
-        return concatenate(parts)
+        return found
+
+    @torch.no_grad()
+    def predict_any(self, batches: Iterable[Batch], split: str, applied: Applied) -> Predictions | None:
+        """The same; None where there is no study in the batches."""
+        self.model.eval()
+        parts = [self._predict_batch(batch, split, applied) for batch in batches]
+        return concatenate(parts) if parts else None
 
     def _predict_batch(self, batch: Batch, split: str, applied: Applied) -> Predictions:
         keys = noise.sample_keys(self.seed, STREAM, None, batch.uid, self.passes)

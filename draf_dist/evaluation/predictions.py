@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from draf_dist.storage.parquet import read_parquet
 
 Array = NDArray[Any]
 
-CLEAN = "none"
+CLEAN: Final = "none"
 ALL = "all"
 
 
@@ -157,14 +157,24 @@ def file_name(split: str, operation: str = CLEAN) -> str:
 
 def write_predictions(store: Store, path: str, parts: Sequence[Predictions]) -> None:
     """Writes one file at once: a reader sees all of it or none. The same predictions give the same bytes."""
-    buffer = io.BytesIO()
-    pq.write_table(pa.concat_tables([to_table(part) for part in parts]), buffer, compression="zstd")
-    store.write(path, buffer.getvalue())
+    store.write(path, to_parquet(parts))
 
 
 def read_predictions(store: Store, path: str) -> list[Predictions]:
     """The predictions in a file, one entry per corruption, in the order written."""
-    table = read_parquet(store.read(path))
+    return from_parquet(store.read(path))
+
+
+def to_parquet(parts: Sequence[Predictions]) -> bytes:
+    """The content of a file of predictions of one model, at least one part."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.concat_tables([to_table(part) for part in parts]), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def from_parquet(data: bytes) -> list[Predictions]:
+    """The inverse of `to_parquet`; parts with equal corruptions next to each other come back as one."""
+    table = read_parquet(data)
     names = ("corruption", "corruption_index", "corrupted_modality")
     keys = list(zip(*(table[name].to_pylist() for name in names), strict=True))
     starts = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]

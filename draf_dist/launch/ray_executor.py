@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class RayExecutor:
     profile: RayProfile
     shared: str
 
-    def map(self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]) -> Iterator[Outcome[ResultT]]:
+    def map(self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]) -> Generator[Outcome[ResultT], None, None]:
         """See Executor.map.
 
         Raises:
@@ -42,7 +42,7 @@ class RayExecutor:
             cluster.make_room(self.profile)
             yield from self._map(function, tasks)
 
-    def _map(self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]) -> Iterator[Outcome[ResultT]]:
+    def _map(self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]) -> Generator[Outcome[ResultT], None, None]:
         profile, waiting = self.profile, list(reversed(range(len(tasks))))
         # Ray itself starts a task again whose worker died; what a task raises it never sees.
         remote: Any = ray.remote(num_cpus=profile.cpus_per_worker, num_gpus=profile.gpus_per_worker, max_retries=TRIES - 1)(attempt)

@@ -123,9 +123,9 @@ class S3Store(Store):
             keys = self._repeated(prefix, lambda: self._files.find(self._key(prefix)))
         except MissingError:
             return []
-        root = self._key("").rstrip("/") + "/"
+        root, below = (self._key(path).rstrip("/") + "/" for path in ("", prefix))
         # SeaweedFS keeps a marker for a prefix whose last object was deleted.
-        return sorted(key.removeprefix(root) for key in keys if key.startswith(root))
+        return sorted(key.removeprefix(root) for key in keys if key.startswith(below))
 
     def delete(self, path: str) -> None:
         """See Store."""

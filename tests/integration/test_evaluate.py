@@ -4,25 +4,38 @@ import io
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import S3
 from rich.console import Console
 from small_runs import small_model
 
-from draf_dist.data.corruption import Corruptor, EhrNoise, GaussianNoise, Missing, MissingNotAtRandom, Swap, corrupted_batches
+from draf_dist.data.corruption import CorruptedSplit, Corruptor, EhrNoise, GaussianNoise, Missing, MissingNotAtRandom, Swap
+from draf_dist.data.loader import SplitLoader
 from draf_dist.data.prepare import prepare
 from draf_dist.data.release import Release, open_release
 from draf_dist.data.verify import verify
-from draf_dist.errors import DataError, SpecError
-from draf_dist.evaluation.evaluate import evaluate, open_subject, read_evaluation, results_folder
+from draf_dist.errors import DataError, InterruptedRunError, SpecError
+from draf_dist.evaluation import parts
+from draf_dist.evaluation.evaluate import evaluate, read_evaluation, results_folder
 from draf_dist.evaluation.job import EvaluateJob, SweepSettings
+from draf_dist.evaluation.parts import Place
 from draf_dist.evaluation.predict import Predictor, check_coverage
 from draf_dist.evaluation.predictions import Applied, concatenate, read_predictions
 from draf_dist.evaluation.results import Evaluation
+from draf_dist.evaluation.spread import Workers
+from draf_dist.evaluation.subject import open_subject
+from draf_dist.executor import Outcome, Processes, ResultT, Serial, TaskT
 from draf_dist.sources.card import load_card
 from draf_dist.sources.hospital_export import HospitalExport
 from draf_dist.sources.synth import synthesise
@@ -157,9 +170,8 @@ def test_a_cell_is_the_corruption_that_the_data_layer_defines(folder: Path, stor
     predictor = Predictor(subject.exported.model, release.schema, SWEEP.passes, JOB.seed)
     stored = {part.applied: part for part in read_predictions(store, "predictions/test@ehr_noise.parquet")}
     swept = stored[Applied("ehr_noise", 2, "labs")]
-    whole = predictor.predict(
-        corrupted_batches(release, "test", corruptor, SWEEP.operations[1], 2, modality="labs", seed=JOB.seed), split="test"
-    )
+    corrupted = CorruptedSplit(SplitLoader(release, "test", JOB.batch_size), corruptor, seed=JOB.seed)
+    whole = predictor.predict(corrupted.batches(SWEEP.operations[1], 2, "labs"), split="test")
     rows = np.isin(whole.uid, swept.uid)
     assert swept.num_studies == 12
     assert swept.probability == pytest.approx(whole.probability[rows], abs=1e-6)
@@ -259,3 +271,115 @@ def test_every_fusion_model_is_trained_and_evaluated_to_the_report(kind: str, fo
     assert found.about.model == kind
     assert (tmp_path / "run" / "report.html").read_text().rstrip().endswith("</html>")
     assert pq.read_table(tmp_path / "run" / "predictions" / "test.parquet").num_rows == found.splits[0].num_studies
+
+
+@dataclass
+class Stopped:
+    """One process that is asked to stop after so many parts."""
+
+    parts: int
+
+    def map(self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]) -> Generator[Outcome[ResultT], None, None]:
+        for done, outcome in enumerate(Serial().map(function, tasks), start=1):
+            yield outcome
+            if done == self.parts:
+                raise KeyboardInterrupt
+
+
+@dataclass
+class Counted:
+    """One process that remembers what it was given."""
+
+    tasks: list[object] = field(default_factory=list)
+
+    def map(self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]) -> Generator[Outcome[ResultT], None, None]:
+        self.tasks += tasks
+        yield from Serial().map(function, tasks)
+
+
+CUT = JOB.model_copy(update={"batch_size": 8, "bootstrap": 0})
+FINE = {"CLEAN_STUDIES": 16, "SWEEP_STUDIES": 4}
+
+
+@pytest.fixture
+def fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts so small that every split has several parts; where it is cut changes no number."""
+    for name, value in FINE.items():
+        monkeypatch.setattr(parts, name, value)
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Of an evaluation by one process that nothing disturbed."""
+    copy = copied(folder, tmp_path_factory.mktemp("undisturbed"))
+    evaluate(copy.url, CUT)
+    return written(copy)
+
+
+def copied(folder: Path, out: Path | str) -> Store:
+    """A copy of the run, not evaluated."""
+    store, run = open_store(f"{out}/run"), folder / "run"
+    for path in (run / "job.yaml", *(run / "model").iterdir()):
+        store.write(path.relative_to(run).as_posix(), path.read_bytes())
+    return store
+
+
+def written(store: Store) -> dict[str, bytes]:
+    assert store.list("evaluating") == []
+    return {path: store.read(path) for path in ("evaluation.json", "report.html", *store.list("predictions"))}
+
+
+def continued(copy: Store) -> tuple[int, int]:
+    """Evaluates to the end; how many parts there were already, and how many in all."""
+    counted, shown = Counted(), list[tuple[int, int]]()
+    workers = Workers(counted, Place())
+    evaluate(copy.url, CUT, workers=workers, on_progress=lambda _, done, total: shown.append((done, total)))
+    before, total = shown[0]
+    assert len(counted.tasks) == total - before
+    return before, total
+
+
+@pytest.mark.usefixtures("fine")
+def test_two_processes_write_the_bytes_of_one(folder: Path, results: dict[str, bytes], tmp_path: Path) -> None:
+    copy = copied(folder, tmp_path)
+    evaluate(copy.url, CUT, workers=Workers(Processes(2), Place()))
+    assert written(copy) == results
+
+
+@pytest.mark.usefixtures("fine")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+def test_killed_at_any_moment_the_same_evaluation_goes_on(
+    number: signal.Signals, folder: Path, results: dict[str, bytes], tmp_path: Path
+) -> None:
+    copy, job = copied(folder, tmp_path), tmp_path / "job.yaml"
+    job.write_text(CUT.model_dump_json())
+    cut = f"from draf_dist.evaluation import parts; vars(parts).update({FINE})"
+    command = f"{cut}; from draf_dist.cli.app import main; main(['evaluate', {copy.url!r}, '--job', {str(job)!r}])"
+    process = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL)
+    while len(copy.list("evaluating")) < 3:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(number)
+    assert process.wait(60) == (-number if number == signal.SIGKILL else InterruptedRunError.exit_code)
+    assert not copy.exists("evaluation.json")
+    stored = len(copy.list("evaluating"))
+    before, total = continued(copy)
+    assert before == stored
+    assert 3 <= before < total
+    assert written(copy) == results
+
+
+@pytest.mark.usefixtures("fine")
+def test_on_s3_a_damaged_part_and_those_of_another_job_are_made_again(folder: Path, results: dict[str, bytes], s3: S3) -> None:
+    copy = copied(folder, s3.url)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(copy.url, CUT.model_copy(update={"passes": 5}), workers=Workers(Stopped(1), Place()))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(copy.url, CUT, workers=Workers(Stopped(6), Place()))
+    paths = copy.list("evaluating")
+    assert len(paths) == 6
+    data = bytearray(copy.read(paths[0]))
+    data[-5] ^= 1
+    copy.write(paths[0], bytes(data))
+    assert continued(copy)[0] == 5
+    assert written(copy) == results

@@ -194,7 +194,7 @@ def test_flags_are_those_of_the_modality_that_was_hit() -> None:
 
 @pytest.mark.parametrize("operation", [Swap(), MissingNotAtRandom()], ids=lambda op: op.kind)
 def test_what_needs_the_whole_split_is_refused_on_a_batch(operation: object) -> None:
-    with pytest.raises(TypeError, match="corrupted_batches"):
+    with pytest.raises(TypeError, match="CorruptedSplit"):
         corruptor().apply(normalised(2), operation, 1, seed=1)
 
 

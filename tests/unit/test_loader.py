@@ -20,8 +20,8 @@ from draf_dist.data.corruption import (
     Swap,
     TrainingCorruption,
 )
-from draf_dist.data.corruption.sweep import _next_of_another, corrupted_batches, swap_partners
-from draf_dist.data.loader import Loader, Reading, evaluation_batches
+from draf_dist.data.corruption.sweep import CorruptedSplit, _next_of_another, swap_partners
+from draf_dist.data.loader import Loader, Reading, SplitLoader, evaluation_batches
 from draf_dist.data.mixture import Mixture
 from draf_dist.data.normalise import Normaliser
 from draf_dist.data.prepare import prepare
@@ -207,7 +207,7 @@ def test_a_swapped_modality_is_that_of_another_subject_and_nothing_else_changes(
     corruptor = Corruptor(TrainingCorruption(), normaliser, seed=0)
     clean = real_rows([normaliser(batch) for batch in evaluation_batches(release, "train", 20)])
     subject_of = {row["uid"]: row["subject"] for row in release.subjects().to_pylist()}
-    swapped = list(corrupted_batches(release, "train", corruptor, Swap(), 1, modality="cxr", seed=2, batch_size=16))
+    swapped = list(CorruptedSplit(SplitLoader(release, "train", 16), corruptor, seed=2).batches(Swap(), 1, "cxr"))
     by_image = {image[0].numpy().tobytes(): uid for uid, image in clean.items()}
     for batch in swapped:
         assert torch.equal(batch.corrupted, batch.present & torch.tensor([True, False, False]))
@@ -230,7 +230,8 @@ def test_the_next_of_another_subject_is_found_across_several_studies_of_one() ->
 def test_partners_do_not_depend_on_the_batch_and_change_with_the_seed(release: Release) -> None:
     corruptor = Corruptor(TrainingCorruption(), Normaliser(release.schema, release.stats), seed=0)
     one, other = (
-        real_rows(list(corrupted_batches(release, "train", corruptor, Swap(), 1, seed=2, batch_size=size))) for size in (7, 40)
+        real_rows(list(CorruptedSplit(SplitLoader(release, "train", size), corruptor, seed=2).batches(Swap(), 1)))
+        for size in (7, 40)
     )
     assert all(torch.equal(a, b) for uid in one for a, b in zip(one[uid], other[uid], strict=True))
     partners = swap_partners(release, "train", "vitals", seed=2)
@@ -246,15 +247,17 @@ def test_partners_do_not_depend_on_the_batch_and_change_with_the_seed(release: R
 def test_a_sweep_starts_clean_and_covers_the_split(release: Release, operation: object) -> None:
     corruptor = Corruptor(TrainingCorruption(), Normaliser(release.schema, release.stats), seed=0)
     clean = [corruptor.normaliser(batch) for batch in evaluation_batches(release, "train", 64)]
-    assert all(map(same, corrupted_batches(release, "train", corruptor, operation, 0), clean))
-    last = list(corrupted_batches(release, "train", corruptor, operation, len(operation.grid) - 1))
+    split = CorruptedSplit(SplitLoader(release, "train", 64), corruptor)
+    assert all(map(same, split.batches(operation, 0), clean))
+    last = list(split.batches(operation, len(operation.grid) - 1))
     assert uids(last) == uids(clean)
     assert not all(map(same, last, clean))
 
 
 def test_a_sweep_over_what_is_not_there_is_refused(release: Release) -> None:
     corruptor = Corruptor(TrainingCorruption(), Normaliser(release.schema, release.stats), seed=0)
+    split = CorruptedSplit(SplitLoader(release, "train", 64), corruptor)
     with pytest.raises(SpecError, match="expected one of cxr, vitals, history, found 'ct'"):
-        next(corrupted_batches(release, "train", corruptor, GaussianNoise(), 1, modality="ct"))
+        split.batches(GaussianNoise(), 1, "ct")
     with pytest.raises(SpecError, match="from 0 to 5, found 6"):
-        next(corrupted_batches(release, "train", corruptor, GaussianNoise(), 6))
+        split.batches(GaussianNoise(), 6)

@@ -17,6 +17,7 @@ from draf_dist.data.receipts import receipt
 from draf_dist.data.release import Release, open_release, tar_path
 from draf_dist.data.shards import Member
 from draf_dist.errors import DataError, InterruptedRunError, SpecError
+from draf_dist.evaluation import parts
 from draf_dist.evaluation.bench_job import BenchJob
 from draf_dist.evaluation.evaluate import evaluate
 from draf_dist.evaluation.job import EvaluateJob, SweepSettings
@@ -197,15 +198,22 @@ def test_too_much_damage_before_the_first_commit_leaves_its_list(whole: Release,
     assert len(listed(tmp_path / "run")) >= 3
 
 
-def test_an_evaluation_leaves_out_what_the_run_may_and_warns(damaged: Damaged, undisturbed: Path, tmp_path: Path) -> None:
+def test_an_evaluation_leaves_out_what_the_run_may_and_warns(
+    damaged: Damaged, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     release = copied(damaged.release, tmp_path / "release")
-    flip(release, "test", release.index(release.shards("test")[0]).meta(0))
+    index, num_studies = release.index(release.shards("test")[0]), release.manifest.receipts["test"].count
+    # Both ends of the split, and so different parts of it.
+    monkeypatch.setattr(parts, "CLEAN_STUDIES", 4)
+    for number in (0, num_studies - 1):
+        flip(release, "test", index.meta(number))
     sweep = SweepSettings(operations=(Swap(), MissingNotAtRandom(grid=(0, 0.5))), passes=2)
-    found = evaluate(str(undisturbed), EvaluateJob(passes=2, bootstrap=0, sweep=sweep), release_url=release.pinned_url)
+    job = EvaluateJob(passes=2, batch_size=4, bootstrap=0, sweep=sweep)
+    found = evaluate(str(undisturbed), job, release_url=release.pinned_url)
     (split,) = [split for split in found.splits if split.split == "test"]
-    assert split.num_studies + split.num_unlabelled == release.manifest.receipts["test"].count - 1
+    assert split.num_studies + split.num_unlabelled == num_studies - 2
     (warning,) = [text for text in found.warnings if "left out" in text and text.startswith("Split test")]
-    assert "1 studies are missing" in warning
+    assert "2 studies are missing" in warning
 
 
 def test_a_benchmark_takes_every_study_or_none(tmp_path: Path) -> None:

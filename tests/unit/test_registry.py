@@ -22,7 +22,7 @@ from draf_dist.continual.serve import predict
 from draf_dist.continual.verdict import Decision, Lineage, Side, Verdict
 from draf_dist.continual.version import ModelVersion
 from draf_dist.errors import DataError, GateError, SpecError, UnreachableError
-from draf_dist.evaluation.evaluate import read_exported
+from draf_dist.evaluation.subject import read_exported
 from draf_dist.models.build import build_model
 from draf_dist.models.export import DESCRIPTION, WEIGHTS, model_files
 from draf_dist.training.run import train

@@ -9,7 +9,7 @@ from batches import same
 from remote_folder import as_remote
 from sharded import copied, order_of, sharded_release, tar_of, uids
 
-from draf_dist.data.loader import Loader, Reading, evaluation_batches
+from draf_dist.data.loader import Loader, Portion, Reading, SplitLoader
 from draf_dist.data.mixture import Mixture
 from draf_dist.data.node_cache import NodeCache
 from draf_dist.data.order import Order
@@ -117,13 +117,26 @@ def test_evaluation_reads_every_byte_once_whatever_is_swapped(release: Release, 
     monkeypatch.setenv("DRAF_CACHE_DIR", str(tmp_path / "cache"))
     remote, store = as_remote(release)
     partners = {"cxr": np.arange(sum(shard.num_samples for shard in release.shards("train")))[::-1].copy()}
-    pairs = zip(
-        evaluation_batches(release, "train", 8, partners=partners),
-        evaluation_batches(remote, "train", 8, partners=partners),
-        strict=True,
-    )
+    passes = [SplitLoader(each, "train", 8).studies(Portion(partners=partners)) for each in (release, remote)]
+    pairs = zip(*passes, strict=True)
     assert all(same(one, other) for one, other in pairs)
     assert store.num_bytes <= sum(shard.size_bytes for shard in release.shards("train"))
+
+
+def test_a_portion_of_a_split_is_some_of_its_batches_and_reads_little_else(
+    release: Release, small_blocks: int, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setenv("DRAF_CACHE_DIR", str(tmp_path / "cache"))
+    whole = list(SplitLoader(release, "train", 8).studies())
+    remote, store = as_remote(release)
+    loader = SplitLoader(remote, "train", 8)
+    assert loader.num_batches == len(whole) > 4
+    assert all(map(same, loader.studies(Portion(range(2, 4))), whole[2:4]))
+    # Blocks at both ends belong to neighbours too.
+    share = 2 / len(whole)
+    assert store.num_bytes < share * sum(shard.size_bytes for shard in release.shards("train")) + 4 * small_blocks
+    chosen = np.arange(loader.num_samples) % 8 == 3
+    assert all(same(one, batch.rows(3, 4)) for one, batch in zip(loader.studies(Portion(chosen=chosen)), whole, strict=False))
 
 
 def test_a_mixture_of_a_folder_and_a_bucket_is_that_of_two_folders(release: Release, reading: Reading) -> None:

@@ -15,11 +15,12 @@ from draf_dist.data.corruption.operations import (
     Swap,
     severity,
 )
-from draf_dist.data.corruption.sweep import corrupted_batches, swap_partners
+from draf_dist.data.corruption.sweep import CorruptedSplit, swap_partners
 from draf_dist.data.corruption.training import Corruptor, JpegHook, TrainingCorruption
 
 __all__ = [
     "AnyOperation",
+    "CorruptedSplit",
     "Corruptor",
     "Downsample",
     "EhrMask",
@@ -34,7 +35,6 @@ __all__ = [
     "Operation",
     "Swap",
     "TrainingCorruption",
-    "corrupted_batches",
     "fit_not_at_random",
     "severity",
     "swap_partners",

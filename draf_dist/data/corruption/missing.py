@@ -64,19 +64,27 @@ def fit_not_at_random(
     Raises:
         DataError: the severity is the same for all samples, so nothing can depend on it.
     """
-    batches = [_records_only(batch) for batch in batches]
+    batches = [records_only(batch) for batch in batches]
     direction = _principal_direction(batches) if score == "ehr" else None
     raw = torch.cat([_raw_score(batch, direction) for batch in batches])
     std = float(raw.std(correction=0))
     if not std > 0:
-        found = f"one {score} for all {raw.numel()} samples"
-        raise DataError(
-            explain("missing not at random", expected="a severity that varies", found=found, remedy="Use another split.")
-        )
+        raise constant_severity(score, raw.numel())
     mean = float(raw.mean())
     standard, present = (raw - mean) / std, torch.cat([batch.present for batch in batches])
     offsets = [find_offset(standard[present[:, column]], rate=rate, slope=slope) for column in range(present.shape[1])]
     return NotAtRandom(torch.tensor(offsets, dtype=torch.float64), slope, direction, mean, std)
+
+
+def constant_severity(score: str, count: int) -> DataError:
+    """The error for a severity that is the same for all samples."""
+    found = f"one {score} for all {count} samples"
+    return DataError(explain("missing not at random", expected="a severity that varies", found=found, remedy="Use another split."))
+
+
+def records_only(batch: Batch) -> Batch:
+    """The batch without images, which say nothing about severity here and would not fit in memory for a whole split."""
+    return replace(batch, inputs={name: value for name, value in batch.inputs.items() if isinstance(value, SeriesInput)})
 
 
 def find_offset(score: Tensor, *, rate: float, slope: float) -> float:
@@ -122,11 +130,6 @@ def _masked(value: Tensor | SeriesInput, present: Tensor) -> Tensor | SeriesInpu
 def _draw(batch: Batch, name: str, purpose: str, seed: int, epoch: Tensor | None) -> Tensor:
     keys = noise.sample_keys(seed, f"missing/{name}/{purpose}", epoch, batch.uid, 1)[0]
     return noise.uniform(keys, (1,))[:, 0]
-
-
-def _records_only(batch: Batch) -> Batch:
-    # Images say nothing about severity here and would not fit in memory.
-    return replace(batch, inputs={name: value for name, value in batch.inputs.items() if isinstance(value, SeriesInput)})
 
 
 def _record_vector(batch: Batch) -> Tensor:

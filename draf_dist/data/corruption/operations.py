@@ -169,7 +169,7 @@ class Swap(Spec):
     """A modality of another subject of the split in place of one's own: undetectable from the modality alone.
 
     For evaluation only. The partner is chosen over the whole split, so that a sample's partner does not depend on its batch;
-    therefore it happens where samples are read (`corrupted_batches`), not on a batch.
+    therefore it happens where samples are read (`CorruptedSplit`), not on a batch.
     """
 
     kind: Literal["swap"] = "swap"
@@ -190,7 +190,7 @@ class MissingNotAtRandom(Spec):
     """Every modality goes missing at a marginal rate, and more often in the sicker: logit P(missing) = a_m + slope * severity.
 
     score is what the severity is: the label, or the first principal score of series and tables. a_m is fitted to the split, so
-    this needs all of it (`corrupted_batches`).
+    this needs all of it (`CorruptedSplit`).
     """
 
     kind: Literal["missing_not_at_random"] = "missing_not_at_random"

@@ -1,55 +1,105 @@
 """A split under one corruption at one severity, as a robustness sweep evaluates it: keyed by seed and uid, without an epoch."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from draf_dist.data.bad_data import STRICT, BadData
-from draf_dist.data.corruption.missing import fit_not_at_random
+from draf_dist.data.corruption.missing import NotAtRandom, constant_severity, fit_not_at_random, records_only
 from draf_dist.data.corruption.operations import AnyOperation, MissingNotAtRandom, Swap, severity
 from draf_dist.data.corruption.training import Corruptor
-from draf_dist.data.loader import evaluation_batches
+from draf_dist.data.loader import WHOLE, Portion, SplitLoader
 from draf_dist.data.release import Release
-from draf_dist.data.shard_reader import ShardReader
+from draf_dist.data.shard_reader import IntArray, ShardReader
 from draf_dist.errors import SpecError, explain
 from draf_dist.noise import chain, hash64_np
 from draf_dist.schema.batch import Batch
 from draf_dist.schema.release import Split
 
 
-def corrupted_batches(  # noqa: PLR0913 - what is read and how, and what is done to it
-    release: Release,
-    split: Split,
-    corruptor: Corruptor,
-    operation: AnyOperation,
-    index: int,
-    *,
-    modality: str | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    bad_data: BadData = STRICT,
-) -> Iterator[Batch]:
-    """Every sample of a split once, normalised, with one operation at one grid index; index 0 is the split as it is.
+class CorruptedSplit:
+    """A split under any operation, normalised, every sample once, in stored order; or some batches of it.
 
-    modality: the only one that is hit; None hits all that the operation fits (a modality swapped alone has another partner
-    than its neighbours, so all of a sample's come from different subjects).
-
-    Raises:
-        SpecError: the grid has no such index, or the release no such modality.
+    What needs the whole split (partners of swaps, how sick everybody is) is worked out once. device: where batches are changed.
     """
-    _check(release, operation, index, modality)
-    if isinstance(operation, Swap):
+
+    def __init__(self, loader: SplitLoader, corruptor: Corruptor, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
+        self._loader, self._corruptor, self._seed, self._device = loader, corruptor, seed, device
+        self._partners: dict[str, IntArray] = {}
+        self._laws: dict[MissingNotAtRandom, tuple[NotAtRandom, ...]] = {}
+
+    def clean(self, portion: Portion = WHOLE) -> Iterator[Batch]:
+        """The split as it is."""
+        for batch in self._loader.studies(portion):
+            yield self._corruptor.normaliser(batch.to(self._device))
+
+    def batches(
+        self, operation: AnyOperation, index: int, modality: str | None = None, portion: Portion = WHOLE
+    ) -> Iterator[Batch]:
+        """The split with one operation at one grid index; index 0 is the split as it is.
+
+        modality: the only one that is hit; None hits all that the operation fits (a modality swapped alone has another partner
+        than its neighbours, so all of a sample's come from different subjects).
+
+        Raises:
+            SpecError: the grid has no such index, or the release no such modality.
+        """
+        self._check(operation, index, modality)
+        if isinstance(operation, Swap):
+            partners = {} if index == 0 else self._swapped(modality)
+            return self.clean(replace(portion, partners=partners))
+        return (self.change(batch, operation, index, modality) for batch in self.clean(portion))
+
+    def is_possible(self, operation: AnyOperation) -> bool:
+        """False for one that asks who is sicker where all have one label."""
+        return not isinstance(operation, MissingNotAtRandom) or bool(self._fitted(operation))
+
+    def change(self, batch: Batch, operation: AnyOperation, index: int, modality: str | None = None) -> Batch:
+        """A clean batch of the split with one operation at one grid index.
+
+        Raises:
+            TypeError: for `Swap`, which happens where samples are read.
+            SpecError: the grid has no such index.
+            DataError: the operation is not possible.
+        """
+        if isinstance(operation, MissingNotAtRandom):
+            return batch if index == 0 else self._law(operation, index).apply(batch, seed=self._seed)
+        return self._corruptor.apply(batch, operation, index, modality=modality, seed=self._seed)
+
+    def _swapped(self, modality: str | None) -> Mapping[str, IntArray]:
+        release, split = self._loader.release, self._loader.split
         names = release.schema.names if modality is None else (modality,)
-        swapped = {name: swap_partners(release, split, name, seed=seed) for name in names if index > 0}
-        yield from map(corruptor.normaliser, evaluation_batches(release, split, batch_size, partners=swapped, bad_data=bad_data))
-    elif isinstance(operation, MissingNotAtRandom):
-        clean = partial(evaluation_batches, release, split, batch_size, bad_data=bad_data)
-        yield from _missing_not_at_random(lambda: map(corruptor.normaliser, clean()), operation, index, seed)
-    else:
-        for batch in evaluation_batches(release, split, batch_size, bad_data=bad_data):
-            yield corruptor.apply(corruptor.normaliser(batch), operation, index, modality=modality, seed=seed)
+        for name in names:
+            if name not in self._partners:
+                self._partners[name] = swap_partners(release, split, name, seed=self._seed)
+        return {name: self._partners[name] for name in names}
+
+    def _law(self, operation: MissingNotAtRandom, index: int) -> NotAtRandom:
+        laws = self._fitted(operation)
+        if not laws:
+            raise constant_severity(operation.score, self._loader.num_samples)
+        return laws[index - 1]
+
+    def _fitted(self, operation: MissingNotAtRandom) -> tuple[NotAtRandom, ...]:
+        """The laws of all grid entries but the first, by one pass over the split; none where all have one label."""
+        if operation not in self._laws:
+            records = [records_only(batch) for batch in self.clean()]
+            labels = {label for batch in records for label in batch.target.label.tolist()}
+            rates = operation.grid[1:] if operation.score != "label" or len(labels) > 1 else ()
+            slope, score = operation.slope, operation.score
+            self._laws[operation] = tuple(fit_not_at_random(records, rate=rate, slope=slope, score=score) for rate in rates)
+        return self._laws[operation]
+
+    def _check(self, operation: AnyOperation, index: int, modality: str | None) -> None:
+        severity(operation, index)
+        where, names = f"corruption {operation.kind}", self._loader.release.schema.names
+        if modality is not None and modality not in names:
+            known = ", ".join(names)
+            raise SpecError(explain(where, expected=f"one of {known}", found=repr(modality), remedy="Correct the name."))
+        if modality is not None and isinstance(operation, MissingNotAtRandom):
+            raise SpecError(explain(where, expected="no modality", found=repr(modality), remedy="It acts on all of them at once."))
 
 
 def swap_partners(release: Release, split: Split, modality: str, *, seed: int) -> NDArray[np.int64]:
@@ -78,24 +128,3 @@ def _next_of_another(subjects: list[str]) -> NDArray[np.int64]:
         ahead = ((place + step) % len(subjects) for step in range(1, len(subjects)))
         result[place] = next((other for other in ahead if subjects[other] != subject), place)
     return result
-
-
-def _missing_not_at_random(
-    batches: Callable[[], Iterator[Batch]], operation: MissingNotAtRandom, index: int, seed: int
-) -> Iterator[Batch]:
-    """batches: a pass over the split, normalised."""
-    if index == 0:
-        yield from batches()
-        return
-    law = fit_not_at_random(batches(), rate=operation.grid[index], slope=operation.slope, score=operation.score)
-    yield from (law.apply(batch, seed=seed) for batch in batches())
-
-
-def _check(release: Release, operation: AnyOperation, index: int, modality: str | None) -> None:
-    severity(operation, index)
-    where = f"corruption {operation.kind}"
-    if modality is not None and modality not in release.schema.names:
-        known = ", ".join(release.schema.names)
-        raise SpecError(explain(where, expected=f"one of {known}", found=repr(modality), remedy="Correct the name."))
-    if modality is not None and isinstance(operation, MissingNotAtRandom):
-        raise SpecError(explain(where, expected="no modality", found=repr(modality), remedy="It acts on all of them at once."))

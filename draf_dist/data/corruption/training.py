@@ -139,11 +139,11 @@ class Corruptor:
         modality: the one that is hit; None hits all that the operation fits. Absent modalities and padding stay as they are.
 
         Raises:
-            TypeError: for `Swap` and `MissingNotAtRandom`, which need the whole split: see `corrupted_batches`.
+            TypeError: for `Swap` and `MissingNotAtRandom`, which need the whole split: see `CorruptedSplit`.
             SpecError: the grid has no such index.
         """
         if isinstance(operation, Swap | MissingNotAtRandom):
-            raise TypeError(f"{operation.kind} needs the whole split: use corrupted_batches")
+            raise TypeError(f"{operation.kind} needs the whole split: use CorruptedSplit")
         severity(operation, index)
         if isinstance(operation, Missing):
             return drop_at_random(batch, operation.grid[index], seed=seed, epoch=None, modality=modality)
