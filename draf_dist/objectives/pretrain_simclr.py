@@ -1,5 +1,6 @@
 """SimCLR: an image encoder learns, without labels, to tell two views of one study from those of all others."""
 
+from dataclasses import fields
 from typing import Literal
 
 import torch
@@ -75,13 +76,17 @@ class SimclrObjective:
         """Embeddings of both views, and the terms of the heads: the part of a step that looks at no other row."""
         image, valid = self._image(batch)
         views = self.config.views.make(image, stream=self.config.modality, seed=self.seed, epoch=batch.epoch, uid=batch.uid)
-        # Each view has its own dropout, as it has its own parameters.
-        seen: list[ContrastiveOutput] = [
-            model(view.image, noise.hash64(keys[0], torch.full_like(keys[0], number)))
-            for number, view in enumerate((views.first, views.second))
-        ]
+        seen = self._both(model, (views.first.image, views.second.image), keys[0])
         embeddings = Embeddings(seen[0].embedding, seen[1].embedding, batch.uid, valid)
         return embeddings, self._heads(seen, ClassTarget(views.region, valid), ClassTarget(batch.site, valid))
+
+    def _both(self, model: nn.Module, images: tuple[Tensor, Tensor], keys: Tensor) -> list[ContrastiveOutput]:
+        """What the network says of either view, each with a dropout of its own as it has parameters of its own."""
+        own = torch.cat([noise.hash64(keys, torch.full_like(keys, number)) for number in range(len(images))])
+        # In one forward: larger operators, and under ZeRO 3 parameters are gathered once. No row looks at another.
+        output: ContrastiveOutput = model(torch.cat(images), own)
+        halves = {part.name: getattr(output, part.name).chunk(len(images)) for part in fields(output)}
+        return [ContrastiveOutput(**{name: parts[number] for name, parts in halves.items()}) for number in range(len(images))]
 
     def couple(self, rows: Embeddings) -> dict[str, Term]:
         """NT-Xent over the rows of all ranks."""
