@@ -65,12 +65,12 @@ class Road:
     def job(self, *overrides: str) -> RetrainJob:
         return load_retrain(self.spec, overrides)
 
-    def draf(self, *words: str, pinned: bool = True) -> int:
-        """The exit code of `draf retrain` on this job; on the first delivery's version unless told otherwise."""
+    def draf(self, *words: str, command: str = "retrain", pinned: bool = True) -> int:
+        """The exit code of a command on this job; on the first delivery's version unless told otherwise."""
         version = [f"--set=release={self.release}@{self.first}"] if pinned else []
         with chdir(self.folder):
             try:
-                main(["retrain", str(self.spec), *version, *words])
+                main([command, str(self.spec), *version, *words])
             except SystemExit as end:
                 return int(end.code or 0)
         return 0
@@ -212,6 +212,25 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(road: Road, cap
     assert said["release"] == f"{road.release}@{road.second}"
     assert said["champion"] == 1
     assert sorted(road.folder.rglob("*")) == before
+
+
+def test_draf_plan_shows_a_retraining_as_what_it_would_train(road: Road, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(road.folder.rglob("*"))
+    assert road.draf("--json", command="plan", pinned=False) == 0
+    said = json.loads(capsys.readouterr().out)
+    with chdir(road.folder):
+        meant = plan_retraining(road.job())
+    assert meant is not None
+    assert (said["job"], said["release"]) == ("again", f"{road.release}@{road.second}")
+    sources = {source["name"]: source["num_samples"] for source in said["sources"]}
+    assert sources == {"new": meant.num_new, "old": meant.num_old}
+    assert sorted(road.folder.rglob("*")) == before
+
+
+def test_draf_plan_says_so_where_a_retraining_has_nothing_to_train(road: Road, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = finetuning(road.folder / "champion").release
+    assert road.draf(f"--set=release={seen}", command="plan", pinned=False) == 0
+    assert capsys.readouterr().out == "Nothing to train: no training study has come since the champion's release.\n"
 
 
 @pytest.mark.parametrize(

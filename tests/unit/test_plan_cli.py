@@ -18,7 +18,6 @@ from volume_export import export, write_export
 from draf_dist.cli.app import main
 from draf_dist.cli.plan import size
 from draf_dist.config.spec import canonical_json
-from draf_dist.continual.retrain import Retraining
 from draf_dist.data.loader import Loader, Reading
 from draf_dist.data.node_cache import NodeCache
 from draf_dist.data.patch_reads import most_read
@@ -31,7 +30,6 @@ from draf_dist.storage.local import LocalStore
 from draf_dist.training import forecast as forecast_module
 from draf_dist.training.forecast import forecast
 from draf_dist.training.job import FinetuneJob
-from draf_dist.training.jobs import load_job
 from draf_dist.training.pin import pin
 from draf_dist.training.plan import build_plan
 from draf_dist.training.run import train
@@ -242,23 +240,14 @@ def test_patches_of_volumes_are_at_most_what_is_planned_beside_the_blocks(tmp_pa
     assert most_read(mr).blocks == math.prod(-(-12 // side) for side in mr.chunk)
 
 
-def test_a_retraining_is_planned_as_what_it_would_train(
-    grown: tuple[Release, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_retraining_needs_its_registry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is planned where there is one: tests/integration/test_retrain.py, which has a champion."""
     registry = f"sqlite:///{tmp_path}/registry.db"
     tree = {"kind": "retrain", "name": "again", "registry": registry, "model": "mortality", "release": str(tmp_path)}
     (tmp_path / "retrain.yaml").write_text(json.dumps(tree))
     code, _, error = run_plan(capsys, str(tmp_path / "retrain.yaml"))
     assert code == 2
     assert "expected a registry, found nothing" in error
-    # A champion takes minutes to train: what it would go on with is given here.
-    meant = load_job(job_file(tmp_path, grown[0]))
-    plans = iter([None, Retraining(meant, "runs/again", champion=None, num_new=1, num_old=1)])  # type: ignore[arg-type]
-    monkeypatch.setattr("draf_dist.continual.retrain.plan_retraining", lambda job: next(plans))
-    code, out, _ = run_plan(capsys, str(tmp_path / "retrain.yaml"))
-    assert (code, out) == (0, "Nothing to train: no training study has come since the champion's release.\n")
-    code, out, _ = run_plan(capsys, str(tmp_path / "retrain.yaml"), "--json")
-    assert (code, json.loads(out)["job"]) == (0, "small")
 
 
 def test_more_ranks_than_rows_are_refused(grown: tuple[Release, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

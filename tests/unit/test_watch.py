@@ -1,5 +1,6 @@
 """What watches over the steps: the recorder outlives a kill, slow ranks and bad losses are told from good ones."""
 
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from remote_folder import RemoteFolder
+from rich.console import Console
 
 from draf_dist.errors import DrafError, StorageFullError
 from draf_dist.storage import open_store
@@ -27,6 +29,7 @@ from draf_dist.training.watch.health import BadStep, Health, Skipped
 from draf_dist.training.watch.ring import Ring, read_ring
 from draf_dist.training.watch.room import OutOfMemoryError, oom_kills, told_what_to_lower
 from draf_dist.training.watch.stacks import innermost, stack_of, stacks, waits_for_others
+from draf_dist.training.watch.step_watch import Recording
 from draf_dist.training.watch.stragglers import EVERY, Stragglers, find_slow
 from draf_dist.training.watch.watchdog import Answer, Hang, Watchdog
 
@@ -115,6 +118,20 @@ def test_what_can_not_be_written_now_is_written_by_the_next_attempt(tmp_path: Pa
 
 def full_disk(store: object, path: str, data: bytes) -> None:
     raise StorageFullError("full")
+
+
+def test_a_machine_without_room_for_the_ring_says_so_once_and_trains_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "machine").write_text("no folder")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "machine"))
+    store, said = RemoteFolder(tmp_path / "bucket"), io.StringIO()
+    recording = Recording(store, OneProcess(), Console(file=said, width=40), 1, num_rows=3)
+    recording.flight.begin(1, UIDS)
+    recording.trouble("it ended")
+    (line,) = said.getvalue().splitlines()
+    assert line.startswith("warning: rank 0: the last steps are not recorded: Not a directory (")
+    found = read_flight(store, 1, 0)
+    assert [trouble["what"] for trouble in found["troubles"]] == ["the last steps are not recorded: Not a directory", "it ended"]
+    assert found["steps"] == []
 
 
 def test_a_process_that_lives_keeps_its_ring(tmp_path: Path) -> None:

@@ -38,13 +38,17 @@ _LENGTH = struct.Struct("<I")
 
 @dataclass
 class FlightRecorder:
-    """Of one rank in one attempt. world: ranks of the attempt. A rank whose disk has no room for the ring goes on without."""
+    """Of one rank in one attempt. world: ranks of the attempt.
+
+    A rank whose disk has no room for the ring goes on without: `missing` says why, and so does the file where something goes wrong.
+    """
 
     store: Store
     attempt: int
     rank: int
     world: int
     num_rows: int
+    missing: str | None = field(init=False, default=None)
     _ring: Ring | None = field(init=False, default=None)
     _begun: float = field(init=False, default=0.0)
     _troubles: list[dict[str, Any]] = field(init=False, default_factory=list)
@@ -53,8 +57,11 @@ class FlightRecorder:
     def __post_init__(self) -> None:
         about = {"attempt": self.attempt, "rank": self.rank, "world": self.world, "pid": os.getpid(), "oom_kills": oom_kills()}
         path = ring_folder(self.store) / f"{_name(self.attempt, self.rank)}{RING}"
-        with suppress(OSError):
+        try:
             self._ring = Ring(path, about, num_slots=NUM_STEPS, record_bytes=FACTS_BYTES + 8 * self.num_rows)
+        except OSError as error:
+            self.missing = f"the last steps are not recorded: {error.strerror}"
+            self._troubles.append({"what": self.missing, "time": round(time.time(), 3)})
 
     @property
     def path(self) -> str:

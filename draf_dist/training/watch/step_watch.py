@@ -18,7 +18,7 @@ from draf_dist.training.books import Books
 from draf_dist.training.loop import StepReport, StepRules
 from draf_dist.training.run_folder import RunFolder
 from draf_dist.training.watch.board import GroupBoard, OwnBoard
-from draf_dist.training.watch.flight import FlightRecorder, recover
+from draf_dist.training.watch.flight import FlightRecorder, recover, ring_folder
 from draf_dist.training.watch.health import BadStep, Health, RollBack
 from draf_dist.training.watch.stragglers import Stragglers
 from draf_dist.training.watch.watchdog import Hang, HungError, Watchdog
@@ -58,6 +58,8 @@ class Recording:
         for line in recover(store):
             self.say(line)
         self.flight = FlightRecorder(store, attempt, backend.rank, backend.world, num_rows)
+        if self.flight.missing is not None:
+            self.say(f"warning: rank {backend.rank}: {self.flight.missing} ({ring_folder(store)})")
 
     def say(self, line: str) -> None:
         """One line on the terminal."""
