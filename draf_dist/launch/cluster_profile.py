@@ -175,7 +175,7 @@ class ClusterProfile(Spec):
         if places < self.train.workers:
             raise ValueError(f"train.workers: expected at most {places}, which is what the nodes hold")
         at_first = self.workers.count * places_on_node(self.workers, self.train)
-        if self.workers.most > 0 and at_first < self.train.workers and not self.train.nodes_timeout_s:
+        if self.workers.most > 0 and at_first < self.train.least and not self.train.nodes_timeout_s:
             raise ValueError("train.nodes_timeout_s: expected how long to wait for the nodes that the autoscaler brings, found 0")
         return self
 

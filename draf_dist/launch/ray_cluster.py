@@ -65,7 +65,7 @@ class RayCluster:
         """
         deadline = time.monotonic() + profile.nodes_timeout_s
         try:
-            while (places := self.places(profile.bundle)) < profile.workers:
+            while (places := self.places(profile.bundle)) < profile.least:
                 if time.monotonic() >= deadline:
                     raise _no_room(profile, places)
                 request_resources(bundles=[profile.bundle] * profile.workers)
@@ -137,6 +137,8 @@ def train_settings(profile: RayProfile) -> dict[str, str]:
     return {
         # A lost process is seen after so long; Ray's own default costs a second and a half more at every failure.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        # The driver looks for such notices itself (ray_starts), and has a checkpoint made: one process less.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         **({} if profile.gpus_per_worker else {"DS_ACCELERATOR": "cpu"}),
     }
 
@@ -151,8 +153,6 @@ def _own_cluster(profile: RayProfile) -> Iterator[RayCluster]:
         "OMP_NUM_THREADS": str(profile.threads),
         # A rank that hangs in an operation whose partner is gone will not leave it: it is killed soon.
         "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
-        # One process less: nobody announces that this machine will be taken away.
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         # Nothing here is compiled, but DeepSpeed imports torch's compiler unless told so: two seconds at every start of a worker.
         "TORCHDYNAMO_DISABLE": "1",
         "GLOO_SOCKET_IFNAME": "lo",
@@ -225,7 +225,7 @@ def _unreachable(address: str, found: str) -> UnreachableError:
 
 
 def _no_room(profile: RayProfile, places: int) -> SpecError:
-    wanted = f"room for {profile.workers} workers with {_amounts(profile.bundle)} each"
+    wanted = f"room for {profile.least} workers with {_amounts(profile.bundle)} each"
     there = "; ".join(_amounts({name: node["Resources"].get(name, 0.0) for name in profile.bundle}) for node in _nodes())
     remedy = "Use fewer workers, set cpus_per_worker lower, or add nodes (nodes_timeout_s, where an autoscaler brings them)."
     return SpecError(explain("profile: workers", expected=wanted, found=f"room for {places}: nodes with {there}", remedy=remedy))

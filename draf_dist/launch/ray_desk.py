@@ -1,11 +1,11 @@
 """The desk: a small actor beside the driver, where it and the ranks leave word for one another.
 
-Ranks say what the user should read, and who they are; the driver says that the run is to stop.
+Ranks say what the user should read, and who they are; the driver says that the run is to stop. Ray's controller says that workers
+failed, and the driver whether it is to start them again.
 """
 
 import io
 import os
-import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,13 +14,20 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from draf_dist.launch.ray_elastic import RESTARTS
+
 # How often a rank asks whether it is to stop: an answer takes about a millisecond, and is not waited for.
 ASK_INTERVAL_S = 0.5
+# How often Ray's controller asks what is to become of a failure: the driver looks every 0.2 s.
+VERDICT_INTERVAL_S = 0.1
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """One rank that began. group: names its process group, so all ranks of one start of the workers share it; time: since 1970."""
+    """One rank that began. group: names its process group, so all ranks of one start of the workers share it.
+
+    node: Ray's id of it; time: since 1970.
+    """
 
     group: str
     rank: int
@@ -36,6 +43,8 @@ class Papers:
     lines: list[str] = field(default_factory=list)
     arrivals: list[Arrival] = field(default_factory=list)
     stop: str | None = None
+    failures: list[str] = field(default_factory=list)
+    verdicts: list[bool] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
     def say(self, line: str) -> None:
@@ -60,12 +69,36 @@ class Papers:
         self.environment = environment
 
     def ask_to_stop(self, reason: str) -> None:
-        """Keeps the reason."""
-        self.stop = reason
+        """Keeps the reason; one after which the run goes on takes no other's place."""
+        if self.stop is None or reason not in RESTARTS:
+            self.stop = reason
+
+    def goes_on(self) -> bool:
+        """Whether workers that have stopped are to start again; then the reason is forgotten."""
+        if self.stop in RESTARTS:
+            self.stop = None
+        return self.stop is None
 
     def stop_reason(self) -> str | None:
         """Why the run is to stop, None while it is not."""
         return self.stop
+
+    def fail(self, what: str) -> int:
+        """Enters a failure; returns its number."""
+        self.failures.append(what)
+        return len(self.failures) - 1
+
+    def open_failure(self) -> str | None:
+        """The first failure without a verdict."""
+        return self.failures[len(self.verdicts)] if len(self.verdicts) < len(self.failures) else None
+
+    def decide(self, again: bool) -> None:
+        """The verdict on that one: whether the workers are started again just as they were."""
+        self.verdicts.append(again)
+
+    def verdict(self, number: int) -> bool | None:
+        """The verdict on a failure, None while there is none."""
+        return self.verdicts[number] if number < len(self.verdicts) else None
 
 
 @dataclass(frozen=True)
@@ -97,7 +130,7 @@ class Desk:
     def arrive(self, rank: int) -> dict[str, str]:
         """Says that this process is a rank that begins; returns the environment that the driver lends."""
         group = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        arrival = Arrival(group, rank, os.getpid(), socket.gethostname(), time.time())
+        arrival = Arrival(group, rank, os.getpid(), ray.get_runtime_context().get_node_id(), time.time())
         lent: dict[str, str] = ray.get(self.actor.arrive.remote(arrival))
         return lent
 
@@ -113,6 +146,34 @@ class Desk:
     def ask_to_stop(self, reason: str) -> None:
         """Makes the run stop after the step in hand, with a checkpoint."""
         ray.get(self.actor.ask_to_stop.remote(reason))
+
+    def stop_reason(self) -> str | None:
+        """Why the run is to stop, None while it is not."""
+        found: str | None = ray.get(self.actor.stop_reason.remote())
+        return found
+
+    def goes_on(self) -> bool:
+        """Whether nobody has asked for its end; a request to stop in order to start again is forgotten."""
+        found: bool = ray.get(self.actor.goes_on.remote())
+        return found
+
+    def wait_for_verdict(self, failure: str) -> bool:
+        """Tells the driver that workers failed; returns whether they are to be started again as they were."""
+        number = ray.get(self.actor.fail.remote(failure))
+        found: bool | None = None
+        while found is None:
+            time.sleep(VERDICT_INTERVAL_S)
+            found = ray.get(self.actor.verdict.remote(number))
+        return found
+
+    def open_failure(self) -> str | None:
+        """A failure that waits for a verdict."""
+        found: str | None = ray.get(self.actor.open_failure.remote())
+        return found
+
+    def decide(self, *, again: bool) -> None:
+        """Gives it."""
+        ray.get(self.actor.decide.remote(again))
 
     def close(self) -> None:
         """Ends the actor."""

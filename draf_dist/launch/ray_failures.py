@@ -1,38 +1,40 @@
-"""What a failure on a worker means: start the workers again, or end with an error of ours."""
+"""What a failure on a worker means: an error of ours that ends the run, or one after which the workers start again."""
 
 from collections.abc import Mapping
 
 from ray.exceptions import RayError
-from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
+from ray.train import ControllerError, TrainingFailedError, UserCallback
 
 from draf_dist.errors import DrafError, UnreachableError, explain
 from draf_dist.launch.ray_desk import Desk
 from draf_dist.training.watch.watchdog import HungError
 
 
+class StartEnded(Exception):  # noqa: N818
+    """These workers are not started again as they were: the driver takes it from here."""
+
+
 class FailureWatch(UserCallback):
-    """Sits in Ray's controller: an error that a user must mend ends the run at once, anything else starts the workers again.
+    """Sits in Ray's controller: an error that a user must mend ends the run at once, of anything else the driver decides.
 
     Ray Train tries an exception of the train function again like a lost process; what a callback raises it does not.
     """
 
-    def __init__(self, desk: Desk, max_failures: int) -> None:
-        self._desk, self._max_failures = desk, max_failures
-        self._failures = 0
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
 
     def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
         """Hears of exceptions by rank.
 
         Raises:
             DrafError: the first rank's among those that a user must mend.
+            StartEnded: the driver wants no more of these workers.
         """
         for _, error in sorted(worker_exceptions.items()):
             if isinstance(error, DrafError):
                 raise error
-        self._failures += 1
-        if self._failures <= self._max_failures:
-            again = f"Starting the workers again, {self._failures} of at most {self._max_failures} times."
-            self._desk.say(f"warning: {describe(worker_exceptions)}. {again}")
+        if not self._desk.wait_for_verdict(describe(worker_exceptions)):
+            raise StartEnded
 
 
 def describe(failures: Mapping[int, Exception]) -> str:
@@ -40,20 +42,40 @@ def describe(failures: Mapping[int, Exception]) -> str:
     return ", ".join(f"rank {rank}: {_describe(error)}" for rank, error in sorted(failures.items()))
 
 
-def as_draf_error(error: Exception, url: str, max_failures: int) -> DrafError:
+def gave_up(url: str, failures: int, last: str) -> DrafError:
+    """The error that ends a run which fails again and again. failures: in a row, without a checkpoint between them."""
+    found = f"{failures} failures without a new checkpoint between them, the last of them: {last}"
+    remedy = "The same command continues from the newest checkpoint; --debug shows the last failure whole."
+    return DrafError(explain(url, expected="workers that stay alive", found=found, remedy=remedy))
+
+
+def failed_start(error: Exception) -> str | None:
+    """What became of workers that could not be started; None where it is something else, or they only found no place."""
+    cause = _cause(error)
+    # Ray has no public names for them.
+    return "a worker was lost before it began" if type(cause).__name__ == "WorkerGroupStartupFailedError" else None
+
+
+def starts_again(error: Exception) -> bool:
+    """Whether only these workers have ended: the driver said so, or somebody else was faster to take their places."""
+    cause = _cause(error)
+    return isinstance(cause, StartEnded) or type(cause).__name__ == "WorkerGroupStartupTimeoutError"
+
+
+def as_draf_error(error: Exception, url: str) -> DrafError:
     """The error that ended a run at `url`, in our terms."""
-    cause = error.controller_failure if isinstance(error, ControllerError) else error
+    cause = _cause(error)
     if isinstance(cause, DrafError):
         return cause
-    if isinstance(cause, WorkerGroupError):
-        found = f"{max_failures + 1} failures, the last of them: {describe(cause.worker_failures)}"
-        remedy = "The same command continues from the newest checkpoint; --debug shows the last failure whole."
-        return DrafError(explain(url, expected="workers that stay alive", found=found, remedy=remedy))
     if isinstance(cause, RayError) and not isinstance(error, TrainingFailedError):
         remedy = "The same command continues from the newest checkpoint once the cluster is back."
         return UnreachableError(explain(url, expected="a Ray cluster that stays", found=type(cause).__name__, remedy=remedy))
     remedy = "The same command continues; --debug shows the error whole."
     return DrafError(explain(url, expected="Ray Train to go on", found=type(cause).__name__, remedy=remedy))
+
+
+def _cause(error: Exception) -> Exception:
+    return error.controller_failure if isinstance(error, ControllerError) else error
 
 
 def _describe(error: Exception) -> str:

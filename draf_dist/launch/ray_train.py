@@ -1,8 +1,7 @@
-"""A run on the workers of a Ray cluster: Ray Train starts the ranks, and again after a failure; the run folder holds the rest."""
+"""A run on the workers of a Ray cluster: Ray Train starts the ranks; the run folder holds the rest."""
 
 import os
 import tempfile
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import IO, Any, cast
 
 import torch
 from ray import train
-from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from rich.console import Console
 
@@ -20,15 +18,15 @@ import draf_dist
 from draf_dist.errors import InterruptedRunError, SpecError, explain
 from draf_dist.launch.cores import decode_threads_of
 from draf_dist.launch.profile import RayProfile
-from draf_dist.launch.ray_cluster import RayCluster, check_reach, environment, ray_cluster
+from draf_dist.launch.ray_cluster import check_reach, environment, ray_cluster
 from draf_dist.launch.ray_desk import Desk, DeskLines, DeskStop
-from draf_dist.launch.ray_failures import FailureWatch, as_draf_error
+from draf_dist.launch.ray_failures import FailureWatch
+from draf_dist.launch.ray_starts import Starts
 from draf_dist.training.backend import Backend
 from draf_dist.training.interrupt import Interrupt
 from draf_dist.training.jobs import AnyJob
-from draf_dist.training.run import ONE_PROCESS, RUNS, RunResult, StopRequest, attempt, begin
+from draf_dist.training.run import ONE_PROCESS, RUNS, RunResult, StopRequest, attempt, begin, check_fits
 
-RELAY_INTERVAL_S = 0.2
 LENT = "AWS_"
 
 
@@ -56,8 +54,9 @@ def train_on_ray(
 ) -> RunResult:
     """Begins or continues a run, and carries it to its end on the workers of a cluster (see ray_cluster and run.train).
 
-    A worker that is lost costs the steps since the last checkpoint: all workers are started again, up to max_failures times, and
-    continue from there. watch: is given the desk before the workers start (for whoever wants to know their processes).
+    A worker that is lost costs the steps since the last checkpoint: all workers are started again, and continue from there; with
+    fewer where a node is gone and the profile allows it, with more once one comes (see ray_starts). watch: is given the desk
+    before the workers start (for whoever wants to know their processes).
 
     Raises:
         SpecError: the job, the run folder or the profile does not fit; a local folder, which only one of many nodes would see.
@@ -70,18 +69,22 @@ def train_on_ray(
         folder = None if fresh else begin(job, out, resume=resume)
         if folder is not None and folder.end() is not None:
             return attempt(folder.url, ONE_PROCESS, console, Interrupt())
+        check_fits(job, profile.workers, profile.deepspeed.accumulation)
         cluster = stack.enter_context(ray_cluster(profile))
-        if not cluster.is_this_machine:
+        # Where workers wait for nodes, this one will not stay alone.
+        alone = cluster.is_this_machine and (profile.address is None or cluster.places(profile.bundle) >= profile.workers)
+        if not alone:
             check_reach(cluster.num_nodes, {"--out": out or RUNS, **job.reads})
         cluster.make_room(profile)
         folder = folder or begin(job, out, fresh=fresh, resume=resume)
-        desk = Desk.open(_lent(cluster))
+        desk = Desk.open(_lent() if alone else {})
         stack.callback(desk.close)
         watch(desk)
         # Entered last: Ray sets signal handlers of its own when a cluster is joined.
         interrupt = stack.enter_context(Interrupt())
-        here = str(Path.cwd()) if cluster.is_this_machine else None
-        return _carry_out(RankTask(folder.url, profile, desk, cluster.settings, here), console, interrupt)
+        here = str(Path.cwd()) if alone else None
+        task = RankTask(folder.url, profile, desk, cluster.settings, here)
+        return Starts(folder.url, profile, desk, console, interrupt, partial(_fit, task)).carry_out()
 
 
 def run_rank(task: RankTask) -> RunResult | InterruptedRunError:
@@ -117,68 +120,26 @@ def _attempt(url: str, backend: Backend, console: Console, stop: StopRequest) ->
         return error
 
 
-def _carry_out(task: RankTask, console: Console, interrupt: Interrupt) -> RunResult:
-    """Ray Train in a thread, so that signals and the user's terminal stay with this one."""
-    ended = _Ended()
-    # A daemon: a second Ctrl-C ends this process at once.
-    thread = threading.Thread(target=ended.after, args=(task,), daemon=True)
-    thread.start()
-    shown, asked = 0, False
-    while thread.is_alive():
-        thread.join(RELAY_INTERVAL_S)
-        shown += _show(task.desk.lines_after(shown), console)
-        if interrupt.requested and not asked:
-            asked = True
-            task.desk.ask_to_stop(interrupt.requested)
-            if not task.desk.arrivals():
-                raise _never_began(task.url, interrupt.requested)
-            console.print("Stopping after the step in hand, with a checkpoint; a second signal ends at once.")
-    _show(task.desk.lines_after(shown), console)
-    if ended.error is not None:
-        raise as_draf_error(ended.error, task.url, task.profile.max_failures) from ended.error
-    if isinstance(ended.value, InterruptedRunError):
-        raise ended.value
-    assert isinstance(ended.value, RunResult)
-    return ended.value
-
-
-def _never_began(url: str, signal: str) -> InterruptedRunError:
-    remedy = "The same command continues."
-    return InterruptedRunError(explain(url, expected="workers to start", found=f"{signal} before any did", remedy=remedy))
-
-
-@dataclass
-class _Ended:
-    """How Ray Train ended."""
-
-    value: object = None
-    error: Exception | None = None
-
-    def after(self, task: RankTask) -> None:
-        """Calls it and remembers."""
-        try:
-            self.value = _fit(task)
-        except (train.TrainingFailedError, RayError) as error:
-            self.error = error
-
-
-def _fit(task: RankTask) -> object:
+def _fit(task: RankTask, workers: int) -> object:
+    """One start of so many workers, and those within Ray Train that follow it; what the first rank returned."""
     profile = task.profile
     # Nothing is reported to Ray, so nothing but an empty folder comes to lie there.
     with tempfile.TemporaryDirectory(prefix="draf-ray-train-") as storage, environment(_FIT | task.settings):
         # Ray's annotations are those of its first version: no value is returned there, and callbacks are Tune's.
         rank: Any = partial(run_rank, task)
-        watch: Any = FailureWatch(task.desk, profile.max_failures)
+        watch: Any = FailureWatch(task.desk)
+        failure_config: Any = train.FailureConfig
         trainer = TorchTrainer(
             rank,
             torch_config=TorchConfig(timeout_s=profile.collective_timeout_s),
             scaling_config=train.ScalingConfig(
-                num_workers=profile.workers, use_gpu=profile.gpus_per_worker > 0, resources_per_worker=profile.bundle
+                num_workers=workers, use_gpu=profile.gpus_per_worker > 0, resources_per_worker=profile.bundle
             ),
             run_config=train.RunConfig(
                 name="run",
                 storage_path=storage,
-                failure_config=train.FailureConfig(max_failures=profile.max_failures),
+                # Ours counts. Where not even a start succeeds, the driver looks again for how many there is room.
+                failure_config=failure_config(max_failures=-1, controller_failure_limit=0),
                 callbacks=[watch],
             ),
         )
@@ -186,15 +147,9 @@ def _fit(task: RankTask) -> object:
         return result.return_value
 
 
-def _show(lines: list[str], console: Console) -> int:
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return len(lines)
-
-
-def _lent(cluster: RayCluster) -> dict[str, str]:
-    """The credentials of this process, where they stay on this machine; the ranks of a larger cluster have the platform's."""
-    return {name: value for name, value in os.environ.items() if name.startswith(LENT)} if cluster.is_this_machine else {}
+def _lent() -> dict[str, str]:
+    """The credentials of this process, which stay on this machine; the ranks of a larger cluster have the platform's."""
+    return {name: value for name, value in os.environ.items() if name.startswith(LENT)}
 
 
 def _check_version(driver: str) -> None:

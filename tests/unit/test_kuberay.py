@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "workers__count": 0,
         "workers__max_count": None,
         "train__workers": 1,
+        "train__min_workers": 1,
         "train__cpus_per_worker": 1,
         "train__gpus_per_worker": 0,
     },
