@@ -26,7 +26,7 @@ lint: $(STAMP)
 
 # What starts a Ray cluster, or looks at a clock while it trains on several processes, has the machine to itself; of all the rest
 # two files run at a time.
-ALONE := tests/layout/test_readme.py $(patsubst %,tests/integration/test_%.py,chaos demo ray_elastic ray_executor ray_train submit tune)
+ALONE := tests/layout/test_readme.py $(patsubst %,tests/integration/test_%.py,chaos demo ray_executor ray_train submit tune)
 
 test: lint
 	$(BIN)/python -m pytest --durations=25 -n 2 --dist loadfile tests $(addprefix --ignore=,$(ALONE))
