@@ -6,7 +6,7 @@ Two ranks on a Ray cluster of their own, checkpoints on a real S3 server on this
 same kills: SIGKILL of a rank's process, at exponential gaps of 60 s in the mean, of which rank is drawn too. A kill that comes
 while no rank's process exists hits nothing. The arms train the same DRAF on the same batches with the same DeepSpeed engine:
   plain   Ray's guides, as Ray ships it: train.report with a checkpoint after every epoch, get_checkpoint() after a failure
-  ours    draf train, checkpoint.every_steps by Young's rule from what a checkpoint cost in a run without kills
+  ours    draf train, checkpoint.every_steps as `draf plan --measured` advises after a run without kills
 ratio     steps of the newest durable checkpoint at the end, each once, at the plain loop's median length without kills, over wall
           time, which begins with the command and so includes the start of the cluster
 restart   from a kill until the workers are ready for steps again
@@ -28,16 +28,18 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
-from ettr_report import History, Kill, checkpoint_s, expected_ratio, of_ledger, schedule, summary, young_s
+from ettr_report import History, Kill, expected_ratio, of_ledger, schedule, summary
 from rich.console import Console
 from rich.table import Table
 
 from draf_dist.data.release import open_release
 from draf_dist.launch.local_s3 import LocalS3
 from draf_dist.training.goodput import goodput
+from draf_dist.training.interval import DAY_S, Advice, advise
 from draf_dist.training.jobs import load_job
 from draf_dist.training.pin import pin
 from draf_dist.training.plan import build_plan
@@ -72,7 +74,7 @@ def main() -> None:
         steps_per_epoch = make_ready(folder, options.subjects)
         arms = Arms(folder, server, steps_per_epoch)
         calm = {"plain": arms.plain(options.undisturbed, []), "ours": arms.ours(options.undisturbed, [], UNDISTURBED_EVERY)}
-        plan = planned(calm, options.mean, steps_per_epoch)
+        plan = planned(calm, arms.advised(options.mean), steps_per_epoch)
         console.print(f"without kills: {json.dumps(plan)}", highlight=False, soft_wrap=True)
         seconds = 60 * options.minutes
         kills = schedule(options.seed, seconds, options.mean, WORKERS)
@@ -133,7 +135,7 @@ class Arms:
     def ours(self, seconds: float, kills: list[Kill], every_steps: int) -> History:
         """draf train, for so long."""
         self._num_runs += 1
-        url = f"{self.server.create_bucket('ours')}/run-{self._num_runs}"
+        url = self._url
         draf_train = ["train", str(self.folder / "job.yaml"), "--profile", str(self.folder / "profile.yaml"), "--out", url]
         setting = ["--set", f"checkpoint.every_steps={every_steps}"]
         command = [sys.executable, "-m", "draf_dist.cli.app", *draf_train, *setting]
@@ -147,6 +149,15 @@ class Arms:
         taken = [line["wait_s"] + line["compute_s"] for line in metrics if line["event"] == "step"]
         books = goodput(ledger).ettr if ledger else None
         return History("ours", running.began, ended, hits, of_ledger(ledger, durable), durable, taken, books)
+
+    def advised(self, mean_s: float) -> Advice:
+        """What `draf plan --measured` says after the newest run of ours."""
+        job = {"every_steps": UNDISTURBED_EVERY, "steps_per_epoch": self.steps_per_epoch, "world": WORKERS}
+        return advise(open_run(self._url), **job, failures_per_day=DAY_S / mean_s)
+
+    @property
+    def _url(self) -> str:
+        return f"{self.server.create_bucket('ours')}/run-{self._num_runs}"
 
     def _empty(self, bucket: str) -> None:
         from draf_dist.storage import open_store
@@ -218,22 +229,16 @@ def name_of(process: psutil.Process) -> str:
         return ""
 
 
-def planned(calm: dict[str, History], mean_s: float, steps_per_epoch: int) -> dict[str, Any]:
+def planned(calm: dict[str, History], advice: Advice, steps_per_epoch: int) -> dict[str, Any]:
     """What the arms without kills say about the ones with them."""
     plain, ours = (calm[arm].step_s[LEFT_OUT:] for arm in ("plain", "ours"))
     if not plain or not ours:
         raise SystemExit("too few steps in the undisturbed runs: give --undisturbed more seconds")
-    step_s, ours_step_s = sorted(plain)[len(plain) // 2], sorted(ours)[len(ours) // 2]
-    save_s = checkpoint_s(calm["ours"].lines)
-    every_steps = max(round(young_s(save_s, mean_s) / ours_step_s), 1)
-    lengths = {
-        "step_s": step_s,
-        "ours_step_s": ours_step_s,
-        "steps_per_epoch": steps_per_epoch,
-        "epoch_s": steps_per_epoch * step_s,
-    }
-    calm_ratios = {f"{arm}_ratio": history.ratio(step_s) for arm, history in calm.items()}
-    return {**lengths, "steps_per_epoch": steps_per_epoch, "checkpoint_s": save_s, "every_steps": every_steps, **calm_ratios}
+    step_s = median(plain)
+    lengths = {"step_s": step_s, "ours_step_s": median(ours), "epoch_s": steps_per_epoch * step_s}
+    ratios = {f"{arm}_ratio": history.ratio(step_s) for arm, history in calm.items()}
+    costs = {"save_s": advice.costs.save_s, "slowed_s": advice.costs.slowed_s, "durable_s": advice.costs.durable_s}
+    return {**lengths, "steps_per_epoch": steps_per_epoch, **costs, "every_steps": advice.every_steps, **ratios}
 
 
 def show(figures: list[dict[str, Any]], plan: dict[str, Any], mean_s: float) -> None:

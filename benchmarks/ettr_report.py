@@ -26,11 +26,6 @@ def schedule(seed: int, seconds: float, mean_s: float, ranks: int) -> list[Kill]
     return kills
 
 
-def young_s(save_s: float, mean_s: float) -> float:
-    """Seconds between checkpoints that lose least: sqrt(2 save M) (Young 1974)."""
-    return math.sqrt(2 * save_s * mean_s)
-
-
 def expected_ratio(between_s: float, save_s: float, restart_s: float, mean_s: float) -> float:
     """The ratio to expect where a checkpoint follows every `between_s` of work.
 
@@ -94,14 +89,6 @@ def of_ledger(lines: Sequence[Line], durable: int) -> list[Line]:
     """The lines of ledger.jsonl that a history has; a commit counts once its checkpoint is there."""
     known = [line for line in lines if line["event"] in ("attempt", "commit")]
     return [line for line in known if line["event"] == "attempt" or line["stop"] <= durable]
-
-
-def checkpoint_s(lines: Sequence[Line]) -> float:
-    """What a checkpoint costs the training thread, by a ledger: mean seconds over the commits after the first."""
-    commits = [line for line in lines if line["event"] == "commit"][1:]
-    if not commits:
-        raise SystemExit("no two checkpoints in the undisturbed run: give --undisturbed more seconds")
-    return sum(line["seconds"].get("checkpoint", 0.0) for line in commits) / len(commits)
 
 
 def summary(history: History, step_s: float) -> dict[str, Any]:
