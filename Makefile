@@ -24,12 +24,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What starts a Ray cluster, or looks at a clock while it trains on several processes, has the machine to itself; of all the rest
-# two files run at a time.
-ALONE := tests/layout/test_readme.py $(patsubst %,tests/integration/test_%.py,chaos demo ray_executor ray_train submit tune)
+# What looks at a clock while it trains on several processes has the machine to itself; of all the rest two files run at a time, those
+# that start Ray clusters (and wait for them half of the time) after the others.
+ALONE := $(patsubst %,tests/integration/test_%.py,chaos ray_train)
+CLUSTERS := $(patsubst %,tests/integration/test_%.py,demo ray_executor submit tune) tests/layout/test_readme.py
 
 test: lint
-	$(BIN)/python -m pytest --durations=25 -n 2 --dist loadfile tests $(addprefix --ignore=,$(ALONE))
+	$(BIN)/python -m pytest --durations=25 -n 2 --dist loadfile tests $(addprefix --ignore=,$(ALONE) $(CLUSTERS))
+	$(BIN)/python -m pytest --durations=25 -n 2 --dist loadfile $(CLUSTERS)
 	$(BIN)/python -m pytest --durations=25 $(ALONE)
 
 demo: $(STAMP)

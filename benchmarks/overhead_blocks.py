@@ -24,7 +24,7 @@ from draf_dist.training.stages import build_stage
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "finetune_synth.yaml"
 # Wider than the demo's: a step of a few hundred milliseconds.
-ENCODER = "{kind: image2d, widths: [32, 64, 128], dropout: 0.05, projection_dropout: 0.1}"
+ENCODER = "{kind: image2d, widths: [24, 48, 96], dropout: 0.05, projection_dropout: 0.1}"
 BATCH = 64
 # The first of a block finds caches that the other loop has filled.
 LEFT_OUT = 1
