@@ -31,7 +31,7 @@ CLUSTERS := $(patsubst %,tests/integration/test_%.py,demo ray_executor submit tu
 
 test: lint
 	$(BIN)/python -m pytest --durations=25 -n 2 --dist loadfile tests $(addprefix --ignore=,$(ALONE) $(CLUSTERS))
-	$(BIN)/python -m pytest --durations=25 -n 2 --dist loadfile $(CLUSTERS)
+	$(BIN)/python -m pytest --durations=25 -n 2 --dist loadfile --no-loadscope-reorder $(CLUSTERS)
 	$(BIN)/python -m pytest --durations=25 $(ALONE)
 
 demo: $(STAMP)
