@@ -32,6 +32,7 @@ from draf_dist.training.job import FinetuneJob
 from draf_dist.training.journal import Line
 from draf_dist.training.ledger import receipts_by_epoch
 from draf_dist.training.run_folder import open_run
+from draf_dist.training.schedule import SaveGrid
 from draf_dist.training.summary import summarise
 from draf_dist.training.watch.flight import RING, ring_folder
 from draf_dist.training.watch.ring import read_ring
@@ -293,8 +294,7 @@ class DisturbedRun:
 
     def _last_save(self, step: int) -> int:
         """The last step up to this one after which a checkpoint begins."""
-        every = (EVERY_STEPS, self.place.epoch_steps)
-        return max(step // each * each for each in every)
+        return SaveGrid(EVERY_STEPS, self.place.epoch_steps).last(step)
 
 
 def undisturbed(place: Place) -> Result:

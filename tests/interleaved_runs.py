@@ -12,17 +12,21 @@ from draf_dist.errors import DrafError
 from draf_dist.protocols import attempts, checkpoint
 from draf_dist.protocols.attempts import AttemptRecord, SupersededError
 from draf_dist.protocols.names import (
+    CHECKPOINTS,
+    MANIFEST,
     CheckpointName,
     attempt_path,
     checkpoint_folder,
     checkpoint_name,
     manifest_path,
+    parse_attempt,
     tensors_file,
 )
-from draf_dist.protocols.operations import Operation
+from draf_dist.protocols.operations import Delete, List, Operation
 
 Program = Generator[Operation, Any, None]
 DAMAGED = b"damaged"
+ANEW = "begun anew"
 
 
 @dataclass(eq=False)
@@ -49,6 +53,8 @@ class Run:
     starts: int = 0
     views: list[View] = field(default_factory=list)
     reported: list[CheckpointName] = field(default_factory=list)
+    may_begin_anew: bool = False
+    was_begun_anew: bool = False
     damaged: str = ""
     damaged_at: int = 0
     may_damage: bool = False
@@ -61,6 +67,8 @@ class Run:
         self.may_damage = self.keep > 1 and draw() < 0.3
         # The step of the lowest validation loss may be any.
         self.losses = [draw() for _ in range(self.goal + 1)]
+        # Nobody saves step 0: what was drawn for it decides this.
+        self.may_begin_anew = self.losses[0] < 0.2
         self.scheduler, self.store = scheduler, scheduler.store
         self._start(scheduler)
 
@@ -71,17 +79,23 @@ class Run:
             self._start(scheduler)
         elif self.may_damage and draw > 0.98:
             self._damage()
+        elif self.may_begin_anew and 0.9 < draw < 0.92:
+            self.may_begin_anew, self.was_begun_anew = False, True
+            scheduler.start("anew", self._anew(), None)
 
     def calm(self, scheduler: Scheduler) -> None:
-        if not self.is_calm or self.views[-1].dead:
+        if not self.is_calm or self.views[-1].dead or self._is_past(self.views[-1]):
             self.is_calm = True
             self._start(scheduler)
 
     def is_over(self) -> bool:
-        return self.views[-1].done
+        return self.views[-1].done and not self._is_past(self.views[-1])
 
     def gone(self, actor: Actor, error: DrafError | None, *, killed: bool) -> None:
-        view: View = actor.whose
+        view: View | None = actor.whose
+        if view is None:
+            # What it did not remove is passed over like all that nobody inherits.
+            return
         if killed:
             view.dead = True
         elif isinstance(error, SupersededError):
@@ -111,6 +125,13 @@ class Run:
         self.views.append(view)
         scheduler.start(f"{view.index}.0", self._first(view), view)
 
+    def _anew(self) -> Program:
+        """As --fresh: what was there goes, and the next attempt, which may come at any moment, begins at the beginning."""
+        paths: list[str] = yield List(CHECKPOINTS)
+        yield from attempts.begin_anew(ANEW, 0.0)
+        for path in sorted(paths, key=lambda path: not path.endswith(MANIFEST)):
+            yield Delete(path)
+
     def _first(self, view: View) -> Program:
         record = yield from attempts.take(f"token {view.index}", 0.0)
         self._check_taken(view, record)
@@ -125,7 +146,7 @@ class Run:
             view.step, waiting, view.waiting = step, view.waiting, []
             for rank, next_step in waiting:
                 self._go_on(view, rank, next_step)
-            yield from checkpoint.put_part(CheckpointName(record.number, step).id, 0, part(record.number, step, 0))
+            yield from checkpoint.put_part(CheckpointName(record.number, step).id, 0, part(view.index, step, 0))
             yield from checkpoint.commit(record, step, self.world)
             self._check_may_report(record, step)
             self.reported.append(CheckpointName(record.number, step))
@@ -136,7 +157,7 @@ class Run:
 
     def _other(self, view: View, rank: int, step: int) -> Program:
         number = view.record.number
-        yield from checkpoint.put_part(CheckpointName(number, step).id, rank, part(number, step, rank))
+        yield from checkpoint.put_part(CheckpointName(number, step).id, rank, part(view.index, step, rank))
         self._go_on(view, rank, step + 1)
 
     def _go_on(self, view: View, rank: int, step: int) -> None:
@@ -155,6 +176,17 @@ class Run:
             number += 1
         return number
 
+    def _begun_anew(self) -> list[int]:
+        """The numbers with which the run was begun anew."""
+        if not self.was_begun_anew:
+            return []
+        token = f'"{ANEW}"'.encode()
+        return [parse_attempt(path) or 0 for path, data in self.store.objects.items() if token in data]
+
+    def _is_past(self, view: View) -> bool:
+        """Whether the run was begun anew after an attempt at it had taken its number."""
+        return view.record is not None and any(number > view.record.number for number in self._begun_anew())
+
     def _check_taken(self, view: View, record: AttemptRecord) -> None:
         view.record = record
         if any(other.record is not None and other.record.number == record.number for other in self.views if other is not view):
@@ -165,11 +197,14 @@ class Run:
         number = view.record.number
         name = None if found is None else checkpoint_name(found.checkpoint)
         step = 0 if name is None else name.step
-        lost = [each for each in self.reported if each.attempt < number and each.step > step and each.id != self.damaged]
+        anew = max((each for each in self._begun_anew() if each < number), default=0)
+        lost = [each for each in self.reported if anew < each.attempt < number and each.step > step and each.id != self.damaged]
         if lost:
             raise ViolationError(f"{max(lost).id} was reported and attempt {number} goes back to step {step}")
         if name is None:
             return
+        if name.attempt <= anew:
+            raise ViolationError(f"{name.id} was restored by {number} although the run was begun anew with {anew}")
         claimed_at = self.store.born[attempt_path(number)]
         # Damage may come after the look.
         if name.id != self.damaged or self.damaged_at < claimed_at:
@@ -180,7 +215,10 @@ class Run:
                 raise ViolationError(f"{name.id} was restored by {number} and not inherited by {other.record.number}")
 
     def _valid(self, record: AttemptRecord, broken: Sequence[str]) -> list[CheckpointName]:
-        record = AttemptRecord.model_validate_json(self.store.objects[attempt_path(record.number)])
+        path = attempt_path(record.number)
+        if path not in self.store.objects:
+            raise ViolationError(f"the record of attempt {record.number} is gone")
+        record = AttemptRecord.model_validate_json(self.store.objects[path])
         names = attempts.committed_in([path for path in self.store.objects if path.startswith("checkpoints/")])
         return [name for name in names if attempts.may_restore(record, name) and name.id not in broken]
 
@@ -204,7 +242,8 @@ class Run:
 
     def _damage(self) -> None:
         """Breaks a file of the newest checkpoint that counts, where there is another one to fall back to."""
-        there = [each for each in self.reported if manifest_path(each.id) in self.store.objects]
+        anew = max(self._begun_anew(), default=0)
+        there = [each for each in self.reported if each.attempt > anew and manifest_path(each.id) in self.store.objects]
         if len(there) > 1:
             self.damaged, self.damaged_at, self.may_damage = max(there).id, self.store.clock, False
             self.store.objects[f"{checkpoint_folder(self.damaged)}/{tensors_file(0)}"] = DAMAGED

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass
 class StopAfter:
-    """Asks to stop after so many steps of this attempt."""
+    """Asks to stop after so many steps of this attempt, where batches of validation count as steps."""
 
     steps: int
     asked: int = 0

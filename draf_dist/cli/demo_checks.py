@@ -113,11 +113,14 @@ def _predictions(release: Release, run: Path) -> str:
 
 
 def _report(run: Path) -> str:
-    from draf_dist.evaluation.evaluate import read_evaluation
+    from draf_dist.evaluation.evaluate import check_predictions, read_evaluation
     from draf_dist.storage import open_store
 
-    evaluation = read_evaluation(open_store(str(run)))
+    store = open_store(str(run))
+    evaluation = read_evaluation(store)
     hold(evaluation is not None, "evaluation.json", "an evaluation", "none")
+    if evaluation is not None:
+        check_predictions(store, evaluation)
     text = (run / "report.html").read_text(encoding="utf-8")
     outside = LOADED_FROM_OUTSIDE.search(text)
     hold(outside is None, "report.html", "nothing that is loaded from elsewhere", outside.group() if outside else "")

@@ -200,12 +200,16 @@ def _saving(advice: "Advice") -> list[Row]:
     restart = f"mean of {costs.restarts}" if costs.restarts else "as long as the first start took; there was no restart"
     return [
         ("checkpoint.every_steps", f"{advice.every_steps:,}", f"recommended: every {duration(advice.every_steps * costs.step_s)}"),
-        ("costs then", f"{advice.waste:.2%}", "of the time, for saves, lost work and restarts"),
-        ("costs as the job is", f"{advice.job_waste:.2%}", f"saving every {advice.job_every_steps:,} steps"),
+        ("costs then", f"{advice.waste:.2%}", f"of the time, for saves ({advice.epoch_saves:,} an epoch), lost work and restarts"),
+        (
+            "costs as the job is",
+            f"{advice.job_waste:.2%}",
+            f"every {advice.job_every_steps:,} steps: {advice.job_epoch_saves:,} an epoch",
+        ),
         ("between failures", duration(advice.mtbf_s), known[advice.mtbf_source]),
         ("a save", f"{costs.save_s:.3f} s", f"training waits; median of {costs.saves}"),
         ("steps slowed by it", f"{costs.slowed_s:.3f} s", "in all"),
-        ("until it is durable", f"{costs.durable_s:.3f} s", "the shortest interval"),
+        ("until it is durable", f"{costs.durable_s:.3f} s", "the next save waits for it"),
         ("a restart", duration(costs.restart_s), restart),
         ("a step", f"{costs.step_s:.3f} s", "waiting for its batch included"),
     ]

@@ -1,6 +1,9 @@
 """The evaluation of one finished run: predictions, evaluation.json and report.html into its folder."""
 
+import hashlib
 import json
+import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 
@@ -8,25 +11,27 @@ from pydantic import ValidationError
 
 from draf_dist.data.loader_stats import LoaderStats
 from draf_dist.data.release import Release
-from draf_dist.errors import DataError, explain
+from draf_dist.errors import DataError, GateError, explain
 from draf_dist.evaluation.describe import Context, describe_split
 from draf_dist.evaluation.job import EvaluateJob
-from draf_dist.evaluation.parts import FOLDER as PARTS
-from draf_dist.evaluation.predictions import Predictions, file_name, write_predictions
+from draf_dist.evaluation.predictions import Predictions, file_name, to_parquet
 from draf_dist.evaluation.regret import PlantedTruth
 from draf_dist.evaluation.report import render
 from draf_dist.evaluation.results import About, Evaluation
 from draf_dist.evaluation.robustness import SweepRun, describe_sweep
 from draf_dist.evaluation.run_parts import remove_parts
 from draf_dist.evaluation.signals import find_warnings, measure_signals
-from draf_dist.evaluation.spread import ONE_PROCESS, Workers, predict_run
+from draf_dist.evaluation.spread import ONE_PROCESS, Workers, parts_folder, predict_run
 from draf_dist.evaluation.subject import Subject, open_subject
 from draf_dist.metrics.temperature import fit_temperature
 from draf_dist.schema.release import Split
-from draf_dist.storage import Store
+from draf_dist.storage import MissingError, Store
 
 EVALUATION, REPORT = "evaluation.json", "report.html"
 PREDICTIONS, OTHERS = "predictions", "evaluations"
+# Of two evaluations that write at the same time both may find files of the other; so often each writes its own again.
+ROUNDS = 6
+_draw = random.SystemRandom().random
 Progress = Callable[[str, int, int], None]
 
 
@@ -51,11 +56,12 @@ def evaluate(
     Raises:
         SpecError: there is no run or release, or no exported model yet.
         DataError: the model can't read the release, or files are damaged.
+        GateError: other evaluations of the run write their results at the same time, again and again.
     """
     subject = open_subject(run_url, release_url)
     about = _about(subject, job)
-    folder = results_folder(about)
-    found = predict_run(subject, job, f"{folder}{PARTS}", workers, lambda done, total: on_progress("predict", done, total))
+    folder = parts_folder(subject, job, workers.place)
+    found = predict_run(subject, job, folder, workers, lambda done, total: on_progress("predict", done, total))
     clean = found.clean
     known = clean["val"].labelled()
     temperature = fit_temperature(known.probability.astype("float64"), known.target)
@@ -69,6 +75,7 @@ def evaluate(
     sweep = describe_sweep(found.swept, job.sweep, schema, context) if job.sweep is not None and found.swept else None
     signals = measure_signals(clean["val"], sweep.clean if sweep else None, sweep.corrupted if sweep else ())
     result = sweep.result if sweep else None
+    files = _prediction_files(list(clean.values()), sweep)
     evaluation = Evaluation(
         about=about,
         temperature=temperature,
@@ -76,15 +83,49 @@ def evaluate(
         sweep=result,
         signals=signals,
         warnings=_empty_splits(job, clean) + _left_out(found.read) + find_warnings(job, temperature, splits, signals, result),
+        predictions={path: hashlib.sha256(data).hexdigest() for path, data in files.items()},
     )
-    _write(subject.run.store, evaluation, list(clean.values()), sweep)
-    remove_parts(subject.run.store, f"{folder}{PARTS}")
+    write_results(subject.run.store, evaluation, files)
+    remove_parts(subject.run.store, folder)
     return evaluation
 
 
 def results_folder(about: About) -> str:
     """Where in the run folder the results of an evaluation lie: "" or "evaluations/<version of another release>/"."""
     return "" if about.trained_on.rpartition("@")[2] == about.release_version else f"{OTHERS}/{about.release_version}/"
+
+
+def write_results(store: Store, evaluation: Evaluation, predictions: dict[str, bytes]) -> None:
+    """Writes all results, and looks whether they are there.
+
+    Of several evaluations that write at the same time, the one that writes last then sees what will stay; if that is not all its
+    own, it writes again, after a pause. So in the end all files are of one of them.
+
+    Raises:
+        GateError: another's were there every time.
+    """
+    folder = results_folder(evaluation.about)
+    text = json.dumps(evaluation.model_dump(mode="json"), indent=1, allow_nan=False)
+    # The report comes last: where it is, everything that it rests on is there too.
+    results = {EVALUATION: (text + "\n").encode(), REPORT: render(evaluation).encode()}
+    for attempt in range(ROUNDS):
+        began = time.monotonic()
+        for path, data in predictions.items():
+            store.write(f"{folder}{path}", data)
+        # An earlier evaluation may have had more corruptions; what this one's numbers don't rest on must not lie beside them.
+        for path in _written(store, folder) - set(predictions):
+            store.delete(f"{folder}{path}")
+        for path, data in results.items():
+            store.write(f"{folder}{path}", data)
+        if _written(store, folder) == set(predictions) and all(
+            _content(store, f"{folder}{path}") == data for path, data in (predictions | results).items()
+        ):
+            return
+        # Two that write again and again must not keep in step.
+        time.sleep(_draw() * 2 ** (attempt + 1) * (time.monotonic() - began))
+    where, remedy = store.where(f"{folder}{EVALUATION}"), "Run the same command again, once nothing else evaluates the run."
+    found = "those of another, which is writing too"
+    raise GateError(explain(where, expected="the results of this evaluation", found=found, remedy=remedy))
 
 
 def read_evaluation(store: Store) -> Evaluation | None:
@@ -102,6 +143,35 @@ def read_evaluation(store: Store) -> Evaluation | None:
         raise DataError(
             explain(store.where(EVALUATION), expected="an evaluation", found="something else", remedy=remedy)
         ) from error
+
+
+def check_predictions(store: Store, evaluation: Evaluation) -> None:
+    """Asks whether the predictions in a run folder are those that an evaluation's numbers rest on, before both are used together.
+
+    Raises:
+        DataError: some are another evaluation's, or gone: one has ended before it had written all, or is writing.
+    """
+    folder = results_folder(evaluation.about)
+    if others := [path for path, sha256 in evaluation.predictions.items() if _sha256(_content(store, f"{folder}{path}")) != sha256]:
+        found = f"another content, or none, in {len(others)} of {len(evaluation.predictions)} files"
+        where, remedy = store.where(f"{folder}{others[0]}"), "Evaluate the run again, once nothing else evaluates it."
+        raise DataError(explain(where, expected=f"the predictions of {EVALUATION} beside it", found=found, remedy=remedy))
+
+
+def _sha256(data: bytes | None) -> str | None:
+    return None if data is None else hashlib.sha256(data).hexdigest()
+
+
+def _content(store: Store, path: str) -> bytes | None:
+    try:
+        return store.read(path)
+    except MissingError:
+        return None
+
+
+def _written(store: Store, folder: str) -> set[str]:
+    """The files of predictions that are there, relative to the folder."""
+    return {path.removeprefix(folder) for path in store.list(f"{folder}{PREDICTIONS}")}
 
 
 def _subject_numbers(release: Release) -> dict[int, int]:
@@ -143,21 +213,12 @@ def _left_out(read: Mapping[Split, LoaderStats]) -> tuple[str, ...]:
     )
 
 
-def _write(store: Store, evaluation: Evaluation, clean: Sequence[Predictions], sweep: SweepRun | None) -> None:
-    folder = results_folder(evaluation.about)
-    written = [f"{folder}{file_name(part.split)}" for part in clean]
-    for path, part in zip(written, clean, strict=True):
-        write_predictions(store, path, [part])
+def _prediction_files(clean: Sequence[Predictions], sweep: SweepRun | None) -> dict[str, bytes]:
+    """predictions/*.parquet -> content."""
+    files = {file_name(part.split): to_parquet([part]) for part in clean}
     swept = [*sweep.corrupted, *sweep.removed] if sweep else []
     for (split, operation), parts in groupby(
         sorted(swept, key=lambda part: part.applied.operation), key=lambda part: (part.split, part.applied.operation)
     ):
-        written.append(f"{folder}{file_name(split, operation)}")
-        write_predictions(store, written[-1], list(parts))
-    # An earlier evaluation may have had more corruptions; what this one's numbers don't rest on must not lie beside them.
-    for path in set(store.list(f"{folder}{PREDICTIONS}")) - set(written):
-        store.delete(path)
-    text = json.dumps(evaluation.model_dump(mode="json"), indent=1, allow_nan=False)
-    store.write(f"{folder}{EVALUATION}", (text + "\n").encode())
-    # The report comes last: where it is, everything that it rests on is there too.
-    store.write(f"{folder}{REPORT}", render(evaluation).encode())
+        files[file_name(split, operation)] = to_parquet(list(parts))
+    return files

@@ -169,7 +169,7 @@ class About(Record):
 
 
 class Evaluation(Record):
-    """evaluation.json."""
+    """evaluation.json. predictions: the files that its numbers rest on, predictions/*.parquet -> sha256 of the content, in hex."""
 
     format: Literal[1] = 1
     about: About
@@ -178,3 +178,4 @@ class Evaluation(Record):
     sweep: Sweep | None
     signals: tuple[Signal, ...]
     warnings: tuple[str, ...]
+    predictions: dict[str, str] = {}

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from draf_dist.config.spec import fingerprint
 from draf_dist.data.bad_data import BadData
 from draf_dist.data.loader_stats import LoaderStats
 from draf_dist.data.release import Release
 from draf_dist.data.shard_reader import ShardReader
 from draf_dist.errors import DataError, SpecError, explain
 from draf_dist.evaluation.job import EvaluateJob
-from draf_dist.evaluation.parts import Condition, Found, Part, Place, Setting, clean_parts, sweep_parts
+from draf_dist.evaluation.parts import FOLDER, Condition, Found, Part, Place, Setting, clean_parts, sweep_parts
 from draf_dist.evaluation.predict import check_coverage
 from draf_dist.evaluation.predictions import CLEAN, Applied, Predictions, concatenate
 from draf_dist.evaluation.run_parts import predict_all
@@ -68,14 +69,26 @@ class _Plan:
         return self.uids[of]
 
 
+def parts_folder(subject: Subject, job: EvaluateJob, place: Place) -> str:
+    """Where in the run folder the parts of this evaluation lie, and of no other: evaluating/<16 hex digits>."""
+    what = {
+        "model": subject.model_sha256,
+        "release": subject.release.version,
+        "job": job.model_dump(mode="json"),
+        "place": [place.device, place.threads],
+    }
+    return f"{FOLDER}/{fingerprint(what)[:16]}"
+
+
 def predict_run(subject: Subject, job: EvaluateJob, folder: str, workers: Workers, on_progress: Progress) -> Predicted:
     """Predictions of validation, of every split asked for that holds a study, each study exactly once, and of the sweep.
 
-    folder: where parts lie in the run folder until they are needed no more. on_progress(done, total): of parts.
+    folder: parts_folder; parts lie there until they are needed no more. on_progress(done, total): of parts.
 
     Raises:
         SpecError: validation holds no study.
         DataError: files are damaged, more than may be left out; a study that was not predicted exactly once.
+        GateError: parts are gone again and again.
     """
     plan = _planned(subject, job, folder, workers.place)
     found = predict_all(subject.run.store, plan.parts, plan.uids, workers.executor, on_progress)

@@ -4,7 +4,7 @@ attempts/NNNNNNNN.json is made with create-only, so no two attempts share a numb
 attempt first takes its number and only then looks which checkpoints there are: whatever an older one was told to be committed was
 there before (`checkpoint.commit` looks for a newer attempt afterwards), so none is missed, without a clock and without a lock.
 Valid are the checkpoints of the newest attempt's own number and those that it found then: what an older one commits later is
-neither.
+neither. No record is ever removed: a run that is begun anew in the same folder goes on counting.
 """
 
 import math
@@ -59,11 +59,20 @@ def take(token: str, started: float) -> Steps[AttemptRecord]:
     return record
 
 
-def claim_number(token: str, started: float) -> Steps[AttemptRecord]:
-    """The next free number, taken: from here on every older attempt is superseded."""
+def begin_anew(token: str, started: float) -> Steps[AttemptRecord]:
+    """Takes a number for nobody: whoever comes later asks this record what it inherits, and that is nothing.
+
+    So what older attempts made, and what those of them that still live will make, is in nobody's list, and under numbers that
+    are not used again. The records stay, also when all else of the run is removed.
+    """
+    return (yield from claim_number(token, started, sealed=True))
+
+
+def claim_number(token: str, started: float, *, sealed: bool = False) -> Steps[AttemptRecord]:
+    """The next free number, taken: from here on every older attempt is superseded. sealed: there is nothing to look for."""
     while True:
         taken = yield from numbers()
-        claim = AttemptRecord(number=1 + max(taken, default=0), token=token, started=started)
+        claim = AttemptRecord(number=1 + max(taken, default=0), token=token, started=started, sealed=sealed)
         created: bool = yield Create(attempt_path(claim.number), encoded(claim))
         if created or (yield from is_holder(claim)):
             return claim
@@ -99,7 +108,7 @@ def is_holder(attempt: AttemptRecord) -> Steps[bool]:
 
 
 def is_newest(attempt: AttemptRecord) -> Steps[bool]:
-    """Whether no later attempt has begun; also False where the run was removed, or begun anew, under this attempt's feet."""
+    """Whether no later attempt has begun; also False where the folder was removed under this attempt's feet."""
     if not (yield from is_holder(attempt)):
         return False
     later: int | None = yield Size(attempt_path(attempt.number + 1))

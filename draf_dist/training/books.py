@@ -20,6 +20,7 @@ from draf_dist.training.run_folder import Fence, RunFolder
 from draf_dist.training.saving import SaveReport
 from draf_dist.training.schedule import EarlyStopping
 from draf_dist.training.stage import Stage, num_steps
+from draf_dist.training.state import TrainState
 from draf_dist.training.tracking import Tracker
 from draf_dist.training.watch.health import RollBack, Skipped
 from draf_dist.training.watch.last_step import Progress, last_step
@@ -195,7 +196,7 @@ class OpenBooks:
         # What stops the run may be what stops this line too: then the next attempt says what is known.
         with suppress(DrafError, OSError):
             self._fence.check()
-            self._line.end(self._ledger.close(*_how(error)))
+            self._line.end(self._ledger.close(*_how(error), foreseen=isinstance(error, DrafError | RollBack)))
 
 
 def _how(error: BaseException) -> tuple[Outcome, str]:
@@ -206,9 +207,10 @@ def _how(error: BaseException) -> tuple[Outcome, str]:
 
 @contextmanager
 def open_books(
-    folder: RunFolder, stage: Stage, backend: Backend, start: int, fence: Fence | None, console: Console, began: float
+    folder: RunFolder, stage: Stage, backend: Backend, state: TrainState, fence: Fence | None, console: Console, began: float
 ) -> Iterator[Books]:
-    """The books of this rank, from step `start` on; a rank without a fence writes nothing. began: by time.perf_counter()."""
+    """The books of this rank, from where the run stands on; without a fence it writes nothing. began: by time.perf_counter()."""
+    start = state.step
     if fence is None:
         yield NoBooks()
         return
@@ -218,7 +220,7 @@ def open_books(
         ledger = Ledger(journal, fence.attempt.number, start, backend.world, backend.threads, backend.decode_threads, began)
         # Before the tracker takes out what the attempt before wrote past its checkpoint.
         ledger.open(last_step(folder.store, journal.lines))
-        tracker = stack.enter_context(Tracker(folder.store, start))
+        tracker = stack.enter_context(Tracker(folder.store, start, state.due))
         epoch_steps = stage.plan.order.steps_per_epoch
         line = ProgressLine(console, num_steps=num_steps(stage), steps_per_epoch=epoch_steps, start=start)
         stack.enter_context(line)

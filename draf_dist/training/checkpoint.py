@@ -47,8 +47,8 @@ class Checkpoints:
         return run_on(self.store, valid_checkpoints())
 
     def steps(self) -> list[int]:
-        """Their steps, oldest first."""
-        return [checkpoint_name(checkpoint).step for checkpoint in self.ids()]
+        """Their steps, oldest first, each once: one that was saved before its validation is saved again with it."""
+        return list(dict.fromkeys(checkpoint_name(checkpoint).step for checkpoint in self.ids()))
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of a step; the newest attempt's, where several have one.

@@ -147,7 +147,11 @@ class DeepSpeedRanks:
         return torch.cat(parts).view(rows.dtype).view(sum(counts), *rows.shape[1:])
 
     def start(self, module: nn.Module, config: OptimizerConfig) -> tuple[DeepSpeedEngine, DeepSpeedFiles]:
-        """Adam with decoupled weight decay: torch's own, so that one process gives the same steps."""
+        """Adam with decoupled weight decay: torch's own, so that one process gives the same steps.
+
+        Raises:
+            GateError: this DeepSpeed lays its state out in another way than checkpoints need.
+        """
         be_quiet()
         if self.device.type == "cpu":
             skip_compiled_operators()
@@ -166,6 +170,7 @@ class DeepSpeedRanks:
         config_dict = settings(self.config, config.clip_norm, sum(p.numel() for p in module.parameters()))
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config_dict)
         files = DeepSpeedFiles(engine, self.config.zero_stage)
+        files.check()
         return DeepSpeedEngine(engine, accumulation=self.config.accumulation), files
 
 

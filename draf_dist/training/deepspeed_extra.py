@@ -13,6 +13,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from draf_dist.config.spec import Spec
 
 _REFUSAL = "draf_refused"
+_UNTESTED = "it is not tested whether results and checkpoints stay as they are"
 # Why a key of DeepSpeed's may not be passed on.
 _ZERO_REFUSED = {
     "stage": "deepspeed.zero_stage sets it",
@@ -20,6 +21,8 @@ _ZERO_REFUSED = {
     "offload_param": "deepspeed.offload sets it",
     "cpu_offload": "deepspeed.offload sets it",
     "cpu_offload_param": "deepspeed.offload sets it",
+    "cpu_offload_use_pin_memory": "deepspeed.offload sets it",
+    "round_robin_gradients": "checkpoints could not be put together again: it lays the optimizer's state out in another order",
     "zenflow": "it changes results",
     "zero_quantized_weights": "it changes results",
     "zero_quantized_nontrainable_weights": "it changes results",
@@ -29,7 +32,19 @@ _ZERO_REFUSED = {
     "load_from_fp32_weights": "checkpoints are the run folder's own",
     "elastic_checkpoint": "checkpoints are the run folder's own",
     "stage3_gather_16bit_weights_on_model_save": "model/ is written from the run folder's checkpoints",
+    "stage3_gather_fp16_weights_on_model_save": "model/ is written from the run folder's checkpoints",
+    "pipeline_loading_checkpoint": "checkpoints are the run folder's own",
+    "save_muon_momentum_buffer_in_memory": "the optimizer is always torch's AdamW",
+    "legacy_stage1": "DeepSpeed has no such stage any more",
+    "zero_hpz_partition_size": _UNTESTED,
+    "parameter_alignment": _UNTESTED,
+    "memory_efficient_linear": _UNTESTED,
+    "override_module_apply": _UNTESTED,
+    "leaf_module": _UNTESTED,
+    "stage3_module_granularity_threshold": _UNTESTED,
+    "enable_sanity_checks": _UNTESTED,
 }
+_ROWS_ONLY = "ranks share out rows of the batch and nothing else"
 _REFUSED = {
     "train_batch_size": "the job's batch_size sets it",
     "train_micro_batch_size_per_gpu": "it follows from the job's batch_size, the workers and deepspeed.accumulation",
@@ -64,6 +79,23 @@ _REFUSED = {
     "nebula": "checkpoints are the run folder's own",
     "datastates_ckpt": "checkpoints are the run folder's own",
     "aio": "nothing is offloaded to disks",
+    "seq_parallel_communication_data_type": _ROWS_ONLY,
+    "tensor_parallel": _ROWS_ONLY,
+    "expert_parallel": _ROWS_ONLY,
+    "use_data_before_expert_parallelism": _ROWS_ONLY,
+    "pipeline": _ROWS_ONLY,
+    "hybrid_engine": "no job generates while it trains",
+    "compile": _UNTESTED,
+    "graph_harvesting": _UNTESTED,
+    "eigenvalue": _UNTESTED,
+    "sparse_attention": "the job's model sets its layers",
+    "disable_allgather": "DeepSpeed reads it and does nothing with it",
+    "disable_python_gc": _UNTESTED,
+    "timers": "it times DeepSpeed's own forward, which no step calls",
+    "vocabulary_size": "no model has a vocabulary",
+    "autotuning": "it would start runs of its own; draf tune tries settings",
+    "flops_profiler": "it counts in DeepSpeed's own forward, which no step calls",
+    "dump_state": "log_level: info shows DeepSpeed's configuration",
     "tensorboard": "the run folder's tensorboard/ has the losses",
     "wandb": "the run folder's tensorboard/ has the losses",
     "comet": "the run folder's tensorboard/ has the losses",
@@ -110,9 +142,9 @@ class ZeroExtra(PassedOn):
     reduce_bucket_size: int | None = Field(None, ge=1)
     use_multi_rank_bucket_allreduce: bool | None = None
     allgather_partitions: bool | None = None
-    allgather_bucket_size: int | None = Field(None, ge=1)
+    # An odd one would end in an assertion of DeepSpeed's.
+    allgather_bucket_size: int | None = Field(None, ge=2, multiple_of=2)
     overlap_comm: bool | None = None
-    round_robin_gradients: bool | None = None
     sub_group_size: int | None = Field(None, ge=1)
     stage3_prefetch_bucket_size: int | None = Field(None, ge=0)
     stage3_param_persistence_threshold: int | None = Field(None, ge=0)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from draf_dist.errors import GateError, explain
 from draf_dist.training.fragments import MOMENTS, Fragment, Kind, WholeTensors, kind_of, shared_out, whole
 from draf_dist.training.not_imported import not_imported
 from draf_dist.training.torch_engine import load_weights
@@ -68,6 +69,33 @@ class DeepSpeedFiles:
         for name, parameter in self._trained():
             for kind in MOMENTS:
                 self._set_moment(parameter, kind, f"{kind}/{name}", state)
+
+    def check(self) -> None:
+        """Compares this rank's pieces of the weights with the parameters of the module; every rank calls it.
+
+        Where pieces begin is read from DeepSpeed's internals: a version or a setting that lays them out in another way would
+        scramble every checkpoint without a word. Under ZeRO 3 one parameter at a time is whole for it.
+
+        Raises:
+            GateError: on any rank they differ, or the pieces of all ranks are not all elements.
+        """
+        tensors = self.engine.module.state_dict(keep_vars=True)
+        cut = [(name, value) for name, value in tensors.items() if self._is_cut(value)]
+        whole_size = sum(_size(value) for _, value in cut)
+        # Elements that the ranks hold, and pieces of theirs that are wrong.
+        found = torch.tensor([0, 0], device=self.engine.device)
+        for name, value in cut:
+            mine = self._piece("weight", name, value)
+            with self._gathered([value], changed=False):
+                found[1] += sum(not _is_part_of(each, value) for each in mine)
+            found[0] += sum(each.values.numel() for each in mine)
+        dist.all_reduce(found)
+        num_held, num_wrong = found.tolist()
+        if num_wrong or num_held != whole_size:
+            expected = f"each of the {whole_size:,} elements of parameters with one rank, at its place"
+            told = f"{num_held:,} elements, and {num_wrong} pieces with others than their parameter has there"
+            remedy = "This DeepSpeed lays its state out in another way, which would scramble checkpoints: install another version."
+            raise GateError(explain(f"DeepSpeed {deepspeed.__version__}", expected=expected, found=told, remedy=remedy))
 
     def _is_cut(self, value: Tensor) -> bool:
         """Whether the ranks hold this one in parts."""
@@ -146,13 +174,24 @@ class DeepSpeedFiles:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @contextmanager
-    def _gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        """Parameters whole while entered; what rank 0 left in them stays."""
+    def _gathered(self, parameters: list[nn.Parameter], *, changed: bool = True) -> Iterator[None]:
+        """Parameters whole while entered; what rank 0 left in them stays, if they are changed."""
         if self.zero_stage < 3 or not parameters:
             yield
             return
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if changed else None):
             yield
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Elements of all ranks' parts."""
+    size: int = getattr(parameter, "ds_numel", parameter.numel())
+    return size
+
+
+def _is_part_of(piece: Fragment, parameter: nn.Parameter) -> bool:
+    there = parameter.detach().flatten()[piece.start : piece.start + piece.values.numel()]
+    return torch.equal(piece.values, there.to(piece.values.device))
 
 
 def _span(parameter: nn.Parameter) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from draf_dist.training.pretrained import start_from
 from draf_dist.training.schedule import WarmupCosine
 from draf_dist.training.stage import num_steps
 from draf_dist.training.torch_engine import load_weights
-from draf_dist.training.validate import evaluation_keys, validate
+from draf_dist.training.validate import Passes, evaluation_keys, validate
 from draf_dist.training.warm_start import load_start
 
 
@@ -76,7 +76,7 @@ class Finetuning:
             accumulation=backend.accumulation,
         )
 
-    def validate(self, module: nn.Module, backend: Backend, split: SplitLoader) -> dict[str, float]:
+    def validate(self, module: nn.Module, backend: Backend, split: Passes) -> dict[str, float]:
         """Sets what the model learns from validation besides its loss, then measures there."""
         calibrate(module, self.calibration(split.batches()))
         return validate(module, split.batches(), self.prepared, self.job.passes_eval, backend.gather)

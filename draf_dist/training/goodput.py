@@ -27,7 +27,9 @@ UNKNOWN = "no word of its end"
 class Failure:
     """An attempt that broke. why: as it said itself; lost_steps: done and thrown away, as far as known; lost_s: what they took.
 
-    restart_s: from the last sign of it to the first step of the next attempt, as far as there is one.
+    restart_s: from the last sign of it to the first step of the next attempt, as far as there is one. foreseen: it went back after
+    a bad loss, or ended by an error that is told to the user (DataError, StorageFullError, ...): no accident, so nothing to be
+    expected again after some time.
     """
 
     attempt: int
@@ -35,6 +37,7 @@ class Failure:
     lost_steps: int
     lost_s: float
     restart_s: float
+    foreseen: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Goodput:
     ettr: seconds of steps that count / wall time: the goodput, or effective training time ratio. (Kokolis et al. 2024, arXiv
     2410.21680, count as productive all that was neither restart nor lost, waiting for data too: this is the stricter one.)
     samples_per_s: consumed for good, per second of wall time. failures, lost_steps: see Failure; a planned stop
-    loses steps too if its checkpoint was broken. stops: ends that were asked for, by reason. mtbf_s: mean time between failures,
-    idle time left out; None without any.
+    loses steps too if its checkpoint was broken. stops: ends that were asked for, by reason. mtbf_s: mean time between failures
+    that were not foreseen, leaving out when nobody was trying (idle, or from a foreseen one to the next attempt); None without any.
     """
 
     wall_s: float
@@ -68,6 +71,11 @@ class Goodput:
     lost_steps: int
     stops: dict[str, int]
     mtbf_s: float | None
+
+    @property
+    def accidents(self) -> tuple[Failure, ...]:
+        """The failures that were not foreseen."""
+        return _accidents(self.failures)
 
 
 def goodput(lines: Iterable[Line]) -> Goodput:
@@ -145,7 +153,7 @@ class _Account:
             self._lose(self.ended["steps"])
         seconds = {kind: max(round(value, 6), 0.0) for kind, value in self.seconds.items()}
         wall_s = sum(seconds.values())
-        idle_s, samples = seconds["idle"], sum(commit.samples for commit in self.commits)
+        samples = sum(commit.samples for commit in self.commits)
         return Goodput(
             wall_s=wall_s,
             seconds=seconds,
@@ -156,8 +164,13 @@ class _Account:
             failures=tuple(_rounded(failure) for failure in self.failures),
             lost_steps=self.lost_steps,
             stops=dict(self.stops),
-            mtbf_s=round((wall_s - idle_s) / len(self.failures), 6) if self.failures else None,
+            mtbf_s=self._between_accidents(wall_s - seconds["idle"]),
         )
+
+    def _between_accidents(self, tried_s: float) -> float | None:
+        accidents = len(_accidents(self.failures))
+        tried_s -= sum(failure.restart_s for failure in self.failures if failure.foreseen)
+        return round(tried_s / accidents, 6) if accidents else None
 
     def _end(self, line: Line) -> None:
         self.ended = line
@@ -194,7 +207,7 @@ class _Account:
         self.after_failure = self.ended is None or self.ended["outcome"] in BROKEN
         if self.after_failure:
             why = UNKNOWN if self.ended is None else self.ended.get("reason") or self.ended["outcome"]
-            self.failures.append(Failure(self.attempt, why, lost_steps, self.lost_s, self.hung_s))
+            self.failures.append(Failure(self.attempt, why, lost_steps, self.lost_s, self.hung_s, foreseen=self._foreseen))
 
     def _gap(self, began: float) -> None:
         """From the last that is known of an attempt to the beginning of the next."""
@@ -228,6 +241,10 @@ class _Account:
         return lost
 
     @property
+    def _foreseen(self) -> bool:
+        return self.ended is not None and bool(self.ended.get("foreseen", self.ended["outcome"] == "rolled_back"))
+
+    @property
     def _starting(self) -> str:
         return "startup" if self.attempts <= 1 else "restart"
 
@@ -242,6 +259,10 @@ class _Account:
         for kind, other in to.items():
             self.seconds[kind] -= found[kind]
             self.seconds[other] += found[kind]
+
+
+def _accidents(failures: Iterable[Failure]) -> tuple[Failure, ...]:
+    return tuple(failure for failure in failures if not failure.foreseen)
 
 
 def _rounded(failure: Failure) -> Failure:

@@ -19,15 +19,15 @@ Line = dict[str, Any]
 class Journal:
     """A .jsonl file. Lines are in the file at the latest after `flush`.
 
-    A local file grows by appending, so that a run can be watched; on a remote store, where nothing can be appended, lines are kept
-    here and the whole file is written at every flush. One thread appends, any may flush. Opening one puts a new file in the place
-    of the old: an older attempt that still runs appends to a file that nobody sees.
+    A local file grows by appending, so that a run can be watched; on a remote store, where nothing can be appended, the whole file
+    is written at every flush, so its bytes are kept here. One thread appends, any may flush. Opening one puts a new file in the
+    place of the old: an older attempt that still runs appends to a file that nobody sees.
     """
 
     def __init__(self, store: Store, path: str, wanted: Callable[[Line], bool] = lambda line: True) -> None:
         """wanted: which of the lines that are there stay."""
         self._store, self._path = store, path
-        self._lines = [line for line in read_lines(store, path) if wanted(line)]
+        self._content = bytearray().join(_encoded(line) for line in read_lines(store, path) if wanted(line))
         self._unwritten = False
         self._flushing = threading.Lock()
         self._write_all()
@@ -37,16 +37,15 @@ class Journal:
 
     @property
     def lines(self) -> tuple[Line, ...]:
-        """Everything in the file, oldest first."""
-        return tuple(self._lines)
+        """Everything in the file, oldest first; decoded anew at every call."""
+        return tuple(json.loads(line) for line in self._content.splitlines())
 
     def append(self, line: Line) -> None:
         """Adds one line; NaN is refused because it is no JSON."""
-        text = json.dumps(line, allow_nan=False)
-        self._lines.append(line)
+        data = _encoded(line)
+        self._content += data
         self._unwritten = True
         if self._file is not None and self._local is not None:
-            data = f"{text}\n".encode()
             with room(self._local.parent):
                 if self._file.write(data) < len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -77,7 +76,12 @@ class Journal:
             self._write_all()
 
     def _write_all(self) -> None:
-        self._store.write(self._path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        # A copy: it can't grow while somebody looks at it.
+        self._store.write(self._path, bytes(self._content))
+
+
+def _encoded(line: Line) -> bytes:
+    return f"{json.dumps(line, allow_nan=False)}\n".encode()
 
 
 def read_lines(store: Store, path: str) -> list[Line]:

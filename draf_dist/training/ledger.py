@@ -10,10 +10,11 @@ Lines, by `event`:
             (a source epoch is "3", or "new:3" and "old:3" of a run with replay: every source counts its own)
   skipped   attempt, start, stop (the updates of steps [start, stop) are skipped), why, time; holds for every later attempt
   slow      attempt, step, rank, own_s and others_s (a step), of (what: data, or its forward), time
-  save      attempt, step, size_bytes, snapshot_s, upload_s, commit_s of a checkpoint that has become durable: see saving.SaveReport
-  end       attempt, outcome (finished | interrupted | failed | rolled_back), reason (who asked for it, or what went wrong), steps,
-            done (steps, with those that no commit holds), best_loss (of validation), best_step, seconds, goodput (up to here: see
-            goodput.py), time
+  save      attempt, step, size_bytes, snapshot_s, books_s, upload_s, commit_s of a checkpoint that has become durable: see
+            saving.SaveReport
+  end       attempt, outcome (finished | interrupted | failed | rolled_back), reason (who asked for it, or what went wrong),
+            foreseen (of an error: whether it is one that draf knows and explains, i.e. no accident), steps, done (steps, with
+            those that no commit holds), best_loss (of validation), best_step, seconds, goodput (up to here: see goodput.py), time
 A commit is written just before its checkpoint, so a kill between the two leaves a commit that no checkpoint backs. The attempt
 that follows says where it really began, and whatever was consumed past that point is consumed again: such commits do not count.
 """
@@ -21,7 +22,7 @@ that follows says where it really began, and whatever was consumed past that poi
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from draf_dist.data.loader_stats import LoaderStats
 from draf_dist.data.receipts import add_receipts
@@ -33,6 +34,7 @@ from draf_dist.training.watch.last_step import LastStep
 
 FILE = "ledger.jsonl"
 Kind = Literal["startup", "restart", "data_wait", "step", "validate", "checkpoint", "other"]
+Noted = Literal["skipped", "slow"]
 Outcome = Literal["finished", "interrupted", "failed", "rolled_back"]
 NOTHING = Receipt(count=0, uid_sum="0" * 16)
 # The name of a source, and its epoch.
@@ -137,6 +139,11 @@ class Ledger:
     _position: int = 0
     _done: int = 0
 
+    def __post_init__(self) -> None:
+        lines = self.journal.lines
+        self._again = any(line["event"] == "attempt" for line in lines)
+        self._noted = [line for line in lines if line["event"] in get_args(Noted)]
+
     def open(self, before: LastStep | None) -> None:
         """Writes that the attempt began. before: the last sign of the one before, if that did not say how it ended."""
         self._since = self.began
@@ -149,7 +156,7 @@ class Ledger:
     @property
     def starting(self) -> Kind:
         """What the time before the first step is booked as."""
-        return "startup" if sum(line["event"] == "attempt" for line in self.journal.lines) == 1 else "restart"
+        return "restart" if self._again else "startup"
 
     @property
     def at_stake_s(self) -> float:
@@ -175,10 +182,11 @@ class Ledger:
         self.journal.append(self._line("commit", start=self._position, stop=stop, world=self.world, **facts))
         self._position = stop
 
-    def note(self, event: Literal["skipped", "slow"], **facts: object) -> None:
+    def note(self, event: Noted, **facts: object) -> None:
         """Writes what happened, unless it is known: an attempt that does steps again meets the same."""
         known = {"event": event, **facts}
-        if not any(known.items() <= line.items() for line in self.journal.lines):
+        if not any(known.items() <= line.items() for line in self._noted):
+            self._noted.append(known)
             self._write(event, **facts)
 
     def saved(self, report: SaveReport) -> None:
@@ -186,9 +194,9 @@ class Ledger:
         facts = {name: round(value, 6) for name, value in asdict(report).items()}
         self.journal.append(self._line("save", **facts))
 
-    def close(self, outcome: Outcome, reason: str | None, **best: float | None) -> Goodput:
+    def close(self, outcome: Outcome, reason: str | None, **more: float | None) -> Goodput:
         """Writes how the attempt ended, and what the wall time of the run went into until then."""
-        facts = {"outcome": outcome, "reason": reason, "steps": self._position, "done": self._done, **best}
+        facts = {"outcome": outcome, "reason": reason, "steps": self._position, "done": self._done, **more}
         line = self._line("end", **facts, seconds=self._settle())
         found = goodput([*self.journal.lines, line])
         self.journal.append({**line, "goodput": asdict(found)})

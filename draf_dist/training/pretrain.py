@@ -26,7 +26,7 @@ from draf_dist.training.pretrain_job import PretrainJob
 from draf_dist.training.schedule import WarmupCosine
 from draf_dist.training.stage import num_steps
 from draf_dist.training.torch_engine import load_weights
-from draf_dist.training.validate import EVALUATION_SEED, evaluation_keys
+from draf_dist.training.validate import EVALUATION_SEED, Passes, evaluation_keys
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Pretraining:
             accumulation=backend.accumulation,
         )
 
-    def validate(self, module: nn.Module, backend: Backend, split: SplitLoader) -> dict[str, float]:
+    def validate(self, module: nn.Module, backend: Backend, split: Passes) -> dict[str, float]:
         """The objective on the validation split: its views and masks have a seed of their own and epoch 0, whatever the job's.
 
         Raises:

@@ -26,11 +26,13 @@ from draf_dist.training.repeatable import repeatable
 from draf_dist.training.restoring import go_on
 from draf_dist.training.run_folder import Fence, RunFolder, Start, as_pinned_there, enter_run, open_run
 from draf_dist.training.saving import Committer, Saver
+from draf_dist.training.schedule import SaveGrid
 from draf_dist.training.stage import Stage, num_steps
 from draf_dist.training.stages import build_stage
 from draf_dist.training.state import OrderState, RunState, TrainState
 from draf_dist.training.supply import Supply
 from draf_dist.training.torch_engine import OneProcess
+from draf_dist.training.validate import GivenUp, Interruptible
 from draf_dist.training.watch.health import RollBack
 from draf_dist.training.watch.room import told_what_to_lower
 from draf_dist.training.watch.step_watch import watched
@@ -82,6 +84,7 @@ class Attempt:
     state: TrainState
     books: Books
     stop: StopRequest
+    grid: SaveGrid
     consumed: Consumption
     console: Console
 
@@ -178,17 +181,19 @@ def _by_epochs(url: str, backend: Backend, console: Console, stop: StopRequest) 
         (number,) = _of_first(backend, [0.0 if fence is None else float(fence.attempt.number)])
         inherits = () if fence is None else fence.attempt.inherits
         try:
-            state, broken = go_on(folder, inherits, files, backend, lambda message: _say(console, f"warning: {message}"))
+            end, warn = num_steps(stage), lambda message: _say(console, f"warning: {message}")
+            state, broken = go_on(folder, inherits, files, backend, end, warn)
         finally:
             # A later attempt may have removed what this one inherits: then that is what is wrong, and not the checkpoints.
             if fence is not None:
                 fence.check()
-        books = stack.enter_context(open_books(folder, stage, backend, state.step, fence, console, began))
-        committer = None if fence is None else Committer(folder.checkpoints, fence.attempt, backend.world, broken)
+        grid = SaveGrid(folder.job.checkpoint.every_steps, stage.plan.order.steps_per_epoch)
+        books = stack.enter_context(open_books(folder, stage, backend, state, fence, console, began))
+        committer = None if fence is None else Committer(folder.checkpoints, fence.attempt, backend.world, broken, grid.last)
         saver = stack.enter_context(Saver(folder.checkpoints, files, backend.rank, committer))
         books.started()
         consumed = Consumption(stage.plan, backend.rank, backend.world)
-        work = Attempt(int(number), folder, stage, backend, engine, saver, state, books, stop, consumed, console)
+        work = Attempt(int(number), folder, stage, backend, engine, saver, state, books, stop, grid, consumed, console)
         yield from _train(work)
         _settle(work)
         return _finish(work)
@@ -237,7 +242,11 @@ def _train(work: Attempt) -> Iterator[tuple[Attempt, EpochReport]]:
         # A loader that is closed ends its threads at once.
         stack.callback(batches.close)
         of = {"attempt": work.number, "start": state.step, "num_rows": training.num_rows}
-        watch = stack.enter_context(watched(work.folder, backend, work.books, work.console, **of))
+        watch = stack.enter_context(watched(work.folder, backend, work.books, work.console, **of, last_save=work.grid.last))
+        if state.due:
+            yield from _between(work, supply, losses)
+            if _is_over(work):
+                return
         rules = watch.rules(stage.rules(backend))
         for report in train_steps(state, work.engine, watch.batches(batches), stage.objective, rules, watch.health):
             work.consumed.add(report)
@@ -245,19 +254,32 @@ def _train(work: Attempt) -> Iterator[tuple[Attempt, EpochReport]]:
             watch.after(report)
             losses.extend([report.loss] if report.skipped is None else [])
             _enter_saves(work)
-            stopped = _asked_to_stop(work)
-            epoch, within = divmod(state.step, stage.plan.order.steps_per_epoch)
-            validated = _validate(work, supply, epoch, losses) if within == 0 else None
-            if within == 0 or state.step % stage.job.checkpoint.every_steps == 0 or stopped:
-                _commit(work, supply, validated)
-                watch.health.saved = state.step
-            if validated is not None:
-                losses.clear()
-                yield work, validated
+            state.due = state.step % work.grid.steps_per_epoch == 0
+            yield from _between(work, supply, losses)
             if _is_over(work):
                 return
-            if stopped:
-                raise _interrupted(work)
+
+
+def _between(work: Attempt, supply: Supply, losses: list[float]) -> Iterator[tuple[Attempt, EpochReport]]:
+    """What comes before the next step: a validation if one is due, unless the run is to stop; and a checkpoint, if it is time.
+
+    losses: those of the epoch's steps (of this attempt); a validation empties them.
+
+    Raises:
+        InterruptedRunError: it was asked to stop.
+    """
+    state = work.state
+    stopped = _asked_to_stop(work)
+    validated = _validate(work, supply, losses) if state.due and not stopped else None
+    # It was asked to stop meanwhile.
+    stopped = stopped or state.due
+    if stopped or work.grid.last(state.step) == state.step:
+        _commit(work, supply, validated)
+    if validated is not None:
+        losses.clear()
+        yield work, validated
+    if stopped:
+        raise _interrupted(work)
 
 
 def _say(console: Console, line: str) -> None:
@@ -280,15 +302,22 @@ def _asked_to_stop(work: Attempt) -> bool:
 
 
 def _is_over(work: Attempt) -> bool:
-    return work.state.step >= num_steps(work.stage) or work.state.stopping.exhausted
+    state = work.state
+    return not state.due and (state.step >= num_steps(work.stage) or state.stopping.exhausted)
 
 
-def _validate(work: Attempt, supply: Supply, epoch: int, losses: list[float]) -> EpochReport:
-    """Measures on validation; `losses` are those of the epoch's steps (of this attempt)."""
+def _validate(work: Attempt, supply: Supply, losses: list[float]) -> EpochReport | None:
+    """Measures on validation; None if it was asked to stop meanwhile: then the validation stays due."""
+    state, epoch = work.state, work.state.step // work.grid.steps_per_epoch
     # An epoch may have been skipped whole.
-    state, loss = work.state, sum(losses) / len(losses) if losses else math.nan
-    numbers = work.stage.validate(work.engine.module, work.backend, supply.validation)
-    state.stopping = state.stopping.after(numbers[work.stage.job.score], state.step)
+    loss = sum(losses) / len(losses) if losses else math.nan
+    split = Interruptible(supply.validation, lambda: _asked_to_stop(work))
+    try:
+        numbers = work.stage.validate(work.engine.module, work.backend, split)
+    except GivenUp:
+        work.books.spent("validate")
+        return None
+    state.stopping, state.due = state.stopping.after(numbers[work.stage.job.score], state.step), False
     work.books.epoch(epoch, loss, numbers, state.stopping, state.step)
     work.books.spent("validate")
     return EpochReport(epoch, state.step, numbers)
@@ -308,6 +337,7 @@ def _commit(work: Attempt, supply: Supply, validated: EpochReport | None) -> Non
             order=OrderState.at(job, work.stage.release.version, state.step),
             stopping=state.stopping,
             score=None if math.isnan(score) else score,
+            due=state.due,
             job_sha256=job.sha256,
             attempt=work.number,
             world=work.backend.world,
@@ -354,6 +384,8 @@ def _export(work: Attempt) -> None:
     work.books.check()
     export_best(work.folder, work.stage, best.best_step)
     work.books.spent("checkpoint")
+    # It may have taken long.
+    work.books.check()
     work.books.close("finished", best)
 
 

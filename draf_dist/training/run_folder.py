@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 
 from draf_dist.data.release import split_version
 from draf_dist.errors import SpecError, explain
-from draf_dist.protocols.attempts import AttemptRecord, check_newest, take
+from draf_dist.protocols.attempts import AttemptRecord, begin_anew, check_newest, take
 from draf_dist.protocols.names import ATTEMPTS, CHECKPOINTS, MANIFEST
 from draf_dist.protocols.operations import run_on
 from draf_dist.storage import Store, open_store
@@ -27,7 +27,7 @@ JOB = "job.yaml"
 MODEL = "model"
 # What runs had instead of attempts/ before attempts were numbered.
 TOKEN = "attempt"
-# Everything that a run, its evaluations and the gate write; --fresh removes this and nothing else.
+# Everything that a run, its evaluations and the gate write; --fresh removes this, but for the attempts, and nothing else.
 EVALUATED = ("predictions", "evaluation.json", "report.html", "evaluations", "evaluating", "verdict.json", "gate.html")
 CONTENT = (CHECKPOINTS, MODEL, TENSORBOARD, JOB, METRICS, LEDGER, PROGRESS, ATTEMPTS, TOKEN, LEFT_OUT, FLIGHT, *EVALUATED)
 Start = Literal["continue", "fresh", "resume"]
@@ -130,7 +130,7 @@ def enter_run(url: str, job: AnyJob, start: Start) -> RunFolder:
         raise SpecError(explain(store.url, expected="a run to resume", found="none", remedy="Leave --resume out to start one."))
     paths = store.list()
     _check_only_a_run(store, paths)
-    if paths:
+    if paths and start != "fresh":
         left = f"what is left of a run, without {JOB}"
         raise SpecError(explain(store.url, expected="a run, or an empty folder", found=left, remedy="--fresh removes it."))
     _write_job(store, job)
@@ -140,14 +140,18 @@ def enter_run(url: str, job: AnyJob, start: Start) -> RunFolder:
 def clear(store: Store) -> None:
     """Removes a run; manifests and the job go first, so that nothing half removed looks whole.
 
-    The attempts go last: they tell a run half removed from a folder of someone else's.
+    The attempts stay: whoever of that run still lives finds a later number than its own, and none is ever used again.
 
     Raises:
         SpecError: the folder holds something that is not a run.
     """
     paths = store.list()
     _check_only_a_run(store, paths)
-    for path in sorted(paths, key=lambda path: (_is_mark(path), not path.endswith((MANIFEST, JOB)))):
+    if paths:
+        run_on(store, begin_anew(secrets.token_hex(16), time.time()))
+    # Of what was there before that: a later attempt loses nothing.
+    removed = [path for path in paths if not path.startswith(f"{ATTEMPTS}/")]
+    for path in sorted(removed, key=lambda path: not path.endswith((MANIFEST, JOB))):
         store.delete(path)
 
 

@@ -32,13 +32,15 @@ class SaveReport:
     """One checkpoint that is durable, as one rank saw it.
 
     size_bytes: of all ranks together; on any but the first of its own part. snapshot_s: training waited so long for the copy.
-    upload_s: hashing and writing this rank's part. commit_s: from then until the manifest was there and what it replaces was gone,
-    0 on any but the first. The last two passed while training went on.
+    books_s: until the books were durable, about 0 on any but the first. upload_s: hashing and writing this rank's part.
+    commit_s: from then until the manifest was there and what it replaces was gone, 0 on any but the first. The last three passed
+    while training went on.
     """
 
     step: int
     size_bytes: int
     snapshot_s: float
+    books_s: float
     upload_s: float
     commit_s: float
 
@@ -47,13 +49,15 @@ class SaveReport:
 class Committer:
     """What the first rank does besides: it makes a checkpoint of the parts, and removes those that it replaces.
 
-    broken: ids of checkpoints that were found broken; they go too, and push no good one out.
+    broken: ids of checkpoints that can't be used; they go too, and push no good one out. last_save: the last step that a run saves
+    unasked, up to a step (see schedule.SaveGrid): a save that was asked for does not push that one out.
     """
 
     checkpoints: Checkpoints
     attempt: AttemptRecord
     world: int
     broken: Collection[str] = ()
+    last_save: Callable[[int], int] = lambda step: step
     _scores: dict[str, float | None] = field(default_factory=dict)
 
     def commit(self, step: int, given_up: Callable[[], bool]) -> CheckpointManifest:
@@ -65,12 +69,12 @@ class Committer:
         """
         patience = _Patience(self, CheckpointName(self.attempt.number, step).id, given_up)
         manifest = run_on(self.checkpoints.store, commit(self.attempt, step, self.world), wait=patience)
-        self._prune()
+        self._prune(step)
         return manifest
 
-    def _prune(self) -> None:
-        store = self.checkpoints.store
-        for gone in run_on(store, prune(self.attempt, keep=self.checkpoints.keep, best=self._best(), broken=self.broken)):
+    def _prune(self, step: int) -> None:
+        store, best = self.checkpoints.store, [*self._best(), self.last_save(step)]
+        for gone in run_on(store, prune(self.attempt, keep=self.checkpoints.keep, best=best, broken=self.broken)):
             local = store.local_path(checkpoint_folder(gone))
             if local is not None:
                 # An older attempt that still writes there keeps its folder.
@@ -161,6 +165,7 @@ class Saver:
     def _put(
         self, state: RunState, content: dict[str, bytes | memoryview], snapshot_s: float, first: Callable[[], None]
     ) -> SaveReport:
+        entered = time.perf_counter()
         first()
         began = time.perf_counter()
         step = state.order.step
@@ -172,7 +177,7 @@ class Saver:
         if self._committer is not None:
             records = self._committer.commit(step, self._given_up.is_set).files
         size_bytes = sum(record.size_bytes for record in records.values())
-        return SaveReport(step, size_bytes, snapshot_s, put - began, time.perf_counter() - put)
+        return SaveReport(step, size_bytes, snapshot_s, began - entered, put - began, time.perf_counter() - put)
 
 
 class _Task:

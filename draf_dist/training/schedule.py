@@ -1,4 +1,4 @@
-"""How the learning rate moves, and when training stops: pure functions of the step and of what validation found."""
+"""How the learning rate moves, when a run saves and when it stops: pure functions of the step and of what validation found."""
 
 import math
 from dataclasses import dataclass
@@ -25,6 +25,22 @@ class WarmupCosine:
             return self.peak * (step + 1) / warmup
         progress = (step - warmup) / max(self.num_steps - warmup, 1)
         return self.peak * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+@dataclass(frozen=True)
+class SaveGrid:
+    """The steps after which a run saves, unasked: the last one of every epoch, and within an epoch every `every_steps`.
+
+    Counted within the epoch, so that no save comes soon after that of an epoch's end, and none is further from the next than
+    min(every_steps, steps_per_epoch).
+    """
+
+    every_steps: int
+    steps_per_epoch: int
+
+    def last(self, step: int) -> int:
+        """The last of them up to `step` steps done; 0 before the first."""
+        return step - step % self.steps_per_epoch % self.every_steps
 
 
 class EarlyStopping(Record):

@@ -11,6 +11,7 @@ from draf_dist.training.backend import Backend
 from draf_dist.training.job import TrainJob
 from draf_dist.training.loop import Objective, StepRules
 from draf_dist.training.plan import TrainingPlan
+from draf_dist.training.validate import Passes
 
 
 class Stage(Protocol):
@@ -53,8 +54,8 @@ class Stage(Protocol):
         """How a training step treats a batch."""
         ...
 
-    def validate(self, module: nn.Module, backend: Backend, split: SplitLoader) -> dict[str, float]:
-        """The numbers of validation, `job.score` among them: bit for bit the same on all ranks. split: from `validation`."""
+    def validate(self, module: nn.Module, backend: Backend, split: Passes) -> dict[str, float]:
+        """The numbers of validation, `job.score` among them: bit for bit the same on all ranks. split: as from `validation`."""
         ...
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, bytes]:

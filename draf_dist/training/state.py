@@ -39,12 +39,16 @@ class OrderState(Record):
 
 
 class RunState(Record):
-    """state.json of a checkpoint. score: what a validation found at this step, None where none was made."""
+    """state.json of a checkpoint. score: what a validation found at this step, None where none was made.
+
+    due: that of the epoch that ends here is still to be made; left out where it is not, as in all checkpoints of earlier versions.
+    """
 
     format: Literal[2] = 2
     order: OrderState
     stopping: EarlyStopping
     score: float | None = None
+    due: bool = Field(False, exclude_if=lambda due: not due)
     job_sha256: str
     attempt: int
     world: int
@@ -52,7 +56,11 @@ class RunState(Record):
 
 @dataclass
 class TrainState:
-    """What changes while a run goes on, besides the engine. step: optimizer steps done."""
+    """What changes while a run goes on, besides the engine. step: optimizer steps done.
+
+    due: an epoch ends here, and its validation is still to be made.
+    """
 
     step: int
     stopping: EarlyStopping
+    due: bool = False

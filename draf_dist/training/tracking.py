@@ -26,9 +26,11 @@ class Tracker:
     "epoch", "nll", ...} once per validation; `step` counts optimizer steps done.
     """
 
-    def __init__(self, store: Store, start: int) -> None:
+    def __init__(self, store: Store, start: int, due: bool = False) -> None:
+        """due: whether the validation at `start` is still to be made; then a line that says what it found goes too."""
         self._store = store
-        self._journal = Journal(store, METRICS, wanted=lambda line: line["step"] <= start)
+        validated = start - 1 if due else start
+        self._journal = Journal(store, METRICS, lambda line: line["step"] <= (validated if line["event"] == "epoch" else start))
         # A bucket takes no appended bytes: events are gathered here and sent at every checkpoint.
         local = store.local_path(TENSORBOARD)
         self._staging: tempfile.TemporaryDirectory[str] | None = None

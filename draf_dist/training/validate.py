@@ -1,7 +1,9 @@
 """Validation: the NLL of the Monte-Carlo prediction, the same numbers whenever the weights are the same."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,6 +17,36 @@ from draf_dist.schema.batch import Batch
 
 # Evaluation noise has a seed of its own, so that runs with different seeds are measured with the same masks.
 EVALUATION_SEED = 0
+
+
+class Passes(Protocol):
+    """What a validation reads: a split, once a pass."""
+
+    def batches(self) -> Iterator[Batch]:
+        """One pass; every rank gets the same number of batches."""
+        ...
+
+
+class GivenUp(Exception):  # noqa: N818 - no error: it was asked for
+    """A validation that was ended between two batches."""
+
+
+@dataclass(frozen=True)
+class Interruptible:
+    """The same passes, asked before every batch whether to go on. asked: the same on all ranks.
+
+    Its passes raise GivenUp.
+    """
+
+    split: Passes
+    asked: Callable[[], bool]
+
+    def batches(self) -> Iterator[Batch]:
+        """One pass, or the beginning of one."""
+        for batch in self.split.batches():
+            if self.asked():
+                raise GivenUp
+            yield batch
 
 
 def evaluation_keys(batch: Batch, passes: int) -> Tensor:

@@ -27,7 +27,7 @@ from draf_dist.data.release import Release, open_release
 from draf_dist.data.verify import verify
 from draf_dist.errors import DataError, InterruptedRunError, SpecError
 from draf_dist.evaluation import parts
-from draf_dist.evaluation.evaluate import evaluate, read_evaluation, results_folder
+from draf_dist.evaluation.evaluate import check_predictions, evaluate, read_evaluation, results_folder
 from draf_dist.evaluation.job import EvaluateJob, SweepSettings
 from draf_dist.evaluation.parts import Place
 from draf_dist.evaluation.predict import Predictor, check_coverage
@@ -274,27 +274,23 @@ def test_every_fusion_model_is_trained_and_evaluated_to_the_report(kind: str, fo
 
 
 @dataclass
-class Stopped:
-    """One process that is asked to stop after so many parts."""
+class Watched:
+    """One process that counts what it does; after so many parts something happens."""
 
-    parts: int
+    parts: int = 0
+    happens: Callable[[], object] = lambda: None
+    tasks: int = field(default=0, init=False)
 
     def map(self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]) -> Generator[Outcome[ResultT], None, None]:
-        for done, outcome in enumerate(Serial().map(function, tasks), start=1):
+        for outcome in Serial().map(function, tasks):
+            self.tasks += 1
+            if self.tasks == self.parts:
+                self.happens()
             yield outcome
-            if done == self.parts:
-                raise KeyboardInterrupt
 
 
-@dataclass
-class Counted:
-    """One process that remembers what it was given."""
-
-    tasks: list[object] = field(default_factory=list)
-
-    def map(self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]) -> Generator[Outcome[ResultT], None, None]:
-        self.tasks += tasks
-        yield from Serial().map(function, tasks)
+def stop() -> None:
+    raise KeyboardInterrupt
 
 
 CUT = JOB.model_copy(update={"batch_size": 8, "bootstrap": 0})
@@ -324,6 +320,10 @@ def copied(folder: Path, out: Path | str) -> Store:
     return store
 
 
+def stored_parts(store: Store) -> list[str]:
+    return [path for path in store.list("evaluating") if path.endswith(".part")]
+
+
 def written(store: Store) -> dict[str, bytes]:
     assert store.list("evaluating") == []
     return {path: store.read(path) for path in ("evaluation.json", "report.html", *store.list("predictions"))}
@@ -331,11 +331,11 @@ def written(store: Store) -> dict[str, bytes]:
 
 def continued(copy: Store) -> tuple[int, int]:
     """Evaluates to the end; how many parts there were already, and how many in all."""
-    counted, shown = Counted(), list[tuple[int, int]]()
+    counted, shown = Watched(), list[tuple[int, int]]()
     workers = Workers(counted, Place())
     evaluate(copy.url, CUT, workers=workers, on_progress=lambda _, done, total: shown.append((done, total)))
     before, total = shown[0]
-    assert len(counted.tasks) == total - before
+    assert counted.tasks == total - before
     return before, total
 
 
@@ -356,13 +356,13 @@ def test_killed_at_any_moment_the_same_evaluation_goes_on(
     cut = f"from draf_dist.evaluation import parts; vars(parts).update({FINE})"
     command = f"{cut}; from draf_dist.cli.app import main; main(['evaluate', {copy.url!r}, '--job', {str(job)!r}])"
     process = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL)
-    while len(copy.list("evaluating")) < 3:
+    while len(stored_parts(copy)) < 3:
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(number)
     assert process.wait(60) == (-number if number == signal.SIGKILL else InterruptedRunError.exit_code)
     assert not copy.exists("evaluation.json")
-    stored = len(copy.list("evaluating"))
+    stored = len(stored_parts(copy))
     before, total = continued(copy)
     assert before == stored
     assert 3 <= before < total
@@ -370,16 +370,31 @@ def test_killed_at_any_moment_the_same_evaluation_goes_on(
 
 
 @pytest.mark.usefixtures("fine")
-def test_on_s3_a_damaged_part_and_those_of_another_job_are_made_again(folder: Path, results: dict[str, bytes], s3: S3) -> None:
+def test_on_s3_a_damaged_part_is_made_again(folder: Path, results: dict[str, bytes], s3: S3) -> None:
     copy = copied(folder, s3.url)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(copy.url, CUT.model_copy(update={"passes": 5}), workers=Workers(Stopped(1), Place()))
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(copy.url, CUT, workers=Workers(Stopped(6), Place()))
-    paths = copy.list("evaluating")
+        evaluate(copy.url, CUT, workers=Workers(Watched(6, stop), Place()))
+    paths = stored_parts(copy)
     assert len(paths) == 6
     data = bytearray(copy.read(paths[0]))
     data[-5] ^= 1
     copy.write(paths[0], bytes(data))
     assert continued(copy)[0] == 5
     assert written(copy) == results
+
+
+@pytest.mark.usefixtures("fine")
+@pytest.mark.parametrize("settings", [{"passes": 3, "sweep": None}, {}], ids=["others", "the_same"])
+def test_another_evaluation_of_the_run_meanwhile_changes_nothing(
+    settings: dict[str, object], folder: Path, results: dict[str, bytes], tmp_path: Path
+) -> None:
+    copy, other = copied(folder, tmp_path), CUT.model_copy(update=settings)
+    executor = Watched(6, lambda: evaluate(copy.url, other))
+    shown = list[tuple[int, int]]()
+    found = evaluate(
+        copy.url, CUT, workers=Workers(executor, Place()), on_progress=lambda _, done, total: shown.append((done, total))
+    )
+    assert written(copy) == results
+    check_predictions(copy, found)
+    # Of other settings no part is touched; those that both had are removed by the first that is done, and made again.
+    assert executor.tasks == shown[0][1] + (6 if other == CUT else 0)

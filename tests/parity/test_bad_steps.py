@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from small_runs import silent, small_job, small_release
+from stop_after import StopAfter
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -23,7 +24,7 @@ from draf_dist.training.job import FinetuneJob
 from draf_dist.training.loop import StepRules
 from draf_dist.training.plan import build_plan
 from draf_dist.training.replay import replay, saved_steps, saved_tensors
-from draf_dist.training.run import begin, train
+from draf_dist.training.run import attempt, begin, train
 from draf_dist.training.run_diff import diff_runs
 from draf_dist.training.run_folder import open_run
 from draf_dist.training.torch_engine import OneProcess, TorchEngine
@@ -146,6 +147,21 @@ def test_going_back_skips_what_led_to_the_bad_step(job: FinetuneJob, tmp_path: P
     assert "bad loss" in shown
 
 
+@pytest.mark.parametrize("keep", [1, 9])
+def test_where_a_run_was_stopped_changes_nothing_of_what_is_skipped(job: FinetuneJob, tmp_path: Path, keep: int) -> None:
+    """The checkpoint of the stop holds a step that is to be skipped: it is not gone on from, and the regular one is still there."""
+    kept = FinetuneJob.model_validate({**job.model_dump(), "checkpoint": {"every_steps": EVERY, "keep": keep}})
+    rolling, out = on_bad_loss(kept, action="roll_back"), tmp_path / "run"
+    with poisoned(job, BAD):
+        with pytest.raises(InterruptedRunError, match=f"after step {BAD} of"):
+            attempt(begin(rolling, str(out)).url, OneProcess(), silent(), StopAfter(BAD))
+        assert open_run(str(out)).checkpoints.steps() == [EVERY, BAD]
+        train(rolling, str(out), console=silent())
+    assert skipped_lines(out) == [(EVERY, BAD + 1)]
+    assert [line["start"] for line in open_run(str(out)).ledger() if line["event"] == "attempt"] == [0, BAD, EVERY]
+    assert_same(out, told_to_skip(rolling, tmp_path / "told", EVERY, BAD + 1))
+
+
 def test_a_bad_gradient_is_taken_back_and_skipped(job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The norm is known when the update is in the weights: the run goes back to the checkpoint, and does the others again."""
     skipping, step_of, done = on_bad_loss(job, action="skip"), TorchEngine.step, []
@@ -165,18 +181,8 @@ def test_what_was_skipped_stays_skipped_after_an_interruption_and_with_other_dat
     """The attempt that goes on does not meet the bad loss any more, and skips the step all the same."""
     skipping, out = on_bad_loss(job, action="skip"), tmp_path / "run"
 
-    class Stop:
-        asked = 0
-
-        @property
-        def requested(self) -> str | None:
-            self.asked += 1
-            return "SIGTERM" if self.asked > BAD else None
-
-    from draf_dist.training.run import attempt
-
     with poisoned(job, BAD), pytest.raises(InterruptedRunError):
-        attempt(begin(skipping, str(out)).url, OneProcess(), silent(), Stop())
+        attempt(begin(skipping, str(out)).url, OneProcess(), silent(), StopAfter(BAD + 1))
     for path in (out / "checkpoints").iterdir():
         # Back to before the bad step: it is done again.
         if int(path.name.split("-")[1]) > BAD:

@@ -19,6 +19,7 @@ from model_inputs import SMALL_ENCODERS, pass_keys, small_batch, small_schema, s
 from torch import Tensor, nn
 
 from draf_dist.data.order import rank_entries
+from draf_dist.errors import GateError
 from draf_dist.losses.gather import AllGather, one_process
 from draf_dist.models.build import build_model
 from draf_dist.models.encoders import Image2dConfig
@@ -31,7 +32,7 @@ from draf_dist.objectives.fusion import FusionObjectiveConfig
 from draf_dist.objectives.pretrain import build_network
 from draf_dist.objectives.pretrain_simclr import SimclrConfig
 from draf_dist.schema.batch import Batch
-from draf_dist.training import deepspeed_engine
+from draf_dist.training import deepspeed_engine, deepspeed_files
 from draf_dist.training.backend import Backend, EngineFiles
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.deepspeed_engine import DeepSpeedRanks
@@ -48,6 +49,8 @@ MODELS, STAGES, WORLD = ("draf", "mean", "simclr"), (0, 1, 2, 3), 2
 # The first of these steps is saved and continued from.
 HALF, STEPS, ROWS = 1, 2, 7
 LOSS_TOLERANCE = 1e-6
+# Of a tensor's greatest value.
+STATE_TOLERANCE = 1e-6
 SIMCLR = SimclrConfig(modality="cxr")
 # Its running mean of U is a buffer that must move once per step.
 FUSION: dict[str, FusionConfig] = {
@@ -65,7 +68,6 @@ ZERO: Tree = {
     "allgather_partitions": False,
     "allgather_bucket_size": 1000,
     "overlap_comm": True,
-    "round_robin_gradients": True,
     "sub_group_size": 900,
 }
 STAGE_3: Tree = {
@@ -82,6 +84,9 @@ STAGE_3: Tree = {
     "stage3_allgather_sequential": True,
     "log_trace_cache_warnings": True,
 }
+# The least that each size may be.
+SMALLEST: Tree = {"reduce_bucket_size": 1, "allgather_bucket_size": 2, "sub_group_size": 1}
+SMALLEST_3: Tree = SMALLEST | {key: 0 for key, value in STAGE_3.items() if key.startswith("stage3_") and type(value) is int}
 REST: Tree = {
     "comms_logger": {"enabled": True, "verbose": True, "prof_all": False, "prof_ops": ["broadcast"], "debug": True},
     "wall_clock_breakdown": True,
@@ -89,6 +94,26 @@ REST: Tree = {
     "steps_per_print": 2,
     "log_level": "error",
 }
+
+
+class Asked(dict[str, Any]):
+    """A configuration that knows for which keys it was asked."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(settings)
+        self.keys_of: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_of.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.keys_of.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        # Looked for among these too.
+        return self
 
 
 @dataclass(frozen=True)
@@ -117,7 +142,6 @@ OFFLOADED = [
     Case("off-3", "mean", {"zero_stage": 3, "offload": "optimizer"}),
     Case("off-all", "mean", {"zero_stage": 3, "offload": "optimizer_and_parameters"}),
 ]
-CONTINUED = [replace(case, name=f"{case.name}-continued", start=case.name) for case in OFFLOADED]
 # From and to offloading, through every stage.
 MOVED = [
     Case("all-to-0", "mean", {"zero_stage": 0}, start="off-all"),
@@ -131,8 +155,12 @@ PASSED = [
     Case("passed-1", "mean", {"zero_stage": 1, "extra": REST | {"zero_optimization": ZERO}}),
     Case("passed-2", "mean", {"zero_stage": 2, "extra": {"zero_optimization": ZERO}}),
     Case("passed-3", "mean", {"zero_stage": 3, "extra": {"zero_optimization": STAGE_3}}),
+    Case("smallest-1", "mean", {"zero_stage": 1, "extra": {"zero_optimization": SMALLEST}}),
+    Case("smallest-2", "mean", {"zero_stage": 2, "extra": {"zero_optimization": SMALLEST}}),
+    Case("smallest-3", "mean", {"zero_stage": 3, "extra": {"zero_optimization": SMALLEST_3}}),
 ]
-ALL = [*KEPT, *FORGETFUL, *OFFLOADED, *CONTINUED, *MOVED, *PASSED]
+CONTINUED = [replace(case, name=f"{case.name}-continued", start=case.name) for case in OFFLOADED + PASSED]
+ALL = [*KEPT, *FORGETFUL, *OFFLOADED, *PASSED, *CONTINUED, *MOVED]
 
 
 def new_model(name: str) -> nn.Module:
@@ -205,7 +233,29 @@ def run_rank(rank: int, world: int, out: Path) -> None:
         for case in ALL:
             losses[case.name] = train(case, DeepSpeedRanks(DeepSpeedConfig.model_validate(case.settings), CPU), out, calls)
     found = {case.name: arrived(case) for case in PASSED + OFFLOADED}
-    (out / f"rank{rank}.json").write_text(json.dumps({"losses": losses, "calls": calls, "arrived": found}))
+    about = {"losses": losses, "calls": calls, "arrived": found, "elsewhere": [elsewhere(stage) for stage in STAGES[1:]]}
+    (out / f"rank{rank}.json").write_text(json.dumps(about))
+
+
+def elsewhere(stage: int) -> str:
+    """What a rank says where DeepSpeed lays state out in another way: in turns at ZeRO 1 and 2, the last rank's first at 3."""
+    as_it_was, span = deepspeed_engine.settings, deepspeed_files._span
+
+    def in_turns(*arguments: Any) -> Tree:
+        told = as_it_was(*arguments)
+        return told | {"zero_optimization": told["zero_optimization"] | {"round_robin_gradients": True}}
+
+    def from_the_end(parameter: nn.Parameter) -> tuple[int, int]:
+        start, count = span(parameter)
+        return parameter.ds_numel - start - count, count  # type: ignore[attr-defined]
+
+    ranks = DeepSpeedRanks(DeepSpeedConfig.model_validate({"zero_stage": stage}), CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed_engine, "settings", in_turns)
+        patch.setattr(deepspeed_files, "_span", from_the_end)
+        with pytest.raises(GateError) as caught:
+            ranks.start(new_model("mean"), OptimizerConfig())
+    return str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -266,8 +316,19 @@ def test_losses_are_those_of_one_process(losses: dict[str, list[float]], in_one_
     assert losses[case.name] == pytest.approx(in_one_process, rel=LOSS_TOLERANCE)
 
 
-@pytest.mark.parametrize("case", OFFLOADED, ids=name_of)
-def test_a_continued_run_with_offloading_leaves_the_same_bits(out: Path, losses: dict[str, list[float]], case: Case) -> None:
+@pytest.mark.parametrize("step", [HALF, STEPS])
+@pytest.mark.parametrize("case", PASSED, ids=name_of)
+def test_checkpoints_are_those_without_passed_keys(out: Path, case: Case, step: int) -> None:
+    """Weights, both moments and step counters: losses alone would not tell whether a checkpoint is put together rightly."""
+    without = state_of(out / plain(case.model, case.settings["zero_stage"]).name / str(step))
+    found = state_of(out / case.name / str(step))
+    assert found.keys() == without.keys()
+    off = {name: (found[name] - without[name]).abs().max() / without[name].abs().max().clamp(min=1e-30) for name in without}
+    assert {name: float(value) for name, value in off.items() if value > STATE_TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("case", OFFLOADED + PASSED, ids=name_of)
+def test_a_continued_run_with_settings_leaves_the_same_bits(out: Path, losses: dict[str, list[float]], case: Case) -> None:
     assert losses[f"{case.name}-continued"] == losses[case.name][HALF:]
     assert same_bits(out / f"{case.name}-continued" / str(STEPS), out / case.name / str(STEPS))
 
@@ -294,6 +355,16 @@ def test_model_files_come_from_any_stage_with_and_without_offloading(out: Path, 
     assert all(torch.equal(value, held[name]) for name, value in read.items())
 
 
+@pytest.mark.parametrize("rank", range(WORLD))
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_a_state_that_lies_elsewhere_is_refused_at_the_start(out: Path, stage: int, rank: int) -> None:
+    """DeepSpeed keeps each element, but not where its own account of a parameter says."""
+    told = json.loads((out / f"rank{rank}.json").read_text())["elsewhere"][stage - 1]
+    assert "This DeepSpeed lays its state out in another way" in told
+    # A rank whose own pieces are right hears of the others'.
+    assert json.loads((out / "rank0.json").read_text())["elsewhere"][stage - 1] == told
+
+
 def test_keys_that_are_passed_arrive(out: Path) -> None:
     found = json.loads((out / "rank1.json").read_text())["arrived"]
     for case in PASSED:
@@ -308,6 +379,14 @@ def test_offloading_is_on_and_of_the_kind_that_was_asked_for(out: Path) -> None:
     parts = ("offload_optimizer", "offload_param")
     on_cpu = {name: tuple((found[name]["zero"][part] or {}).get("device") == "cpu" for part in parts) for name in wanted}
     assert on_cpu == wanted
+
+
+def test_every_key_of_deepspeeds_is_passed_or_refused_with_a_reason() -> None:
+    asked = Asked(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)
+    DeepSpeedsOwn(asked)
+    assert asked.keys_of - DeepSpeedExtra.model_fields.keys() == set(DeepSpeedExtra.refused)
+    zero = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert zero - ZeroExtra.model_fields.keys() <= set(ZeroExtra.refused)
 
 
 def test_every_key_that_may_be_passed_is_tried() -> None:

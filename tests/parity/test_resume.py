@@ -1,5 +1,6 @@
 """A run that is killed and continued equals one that never was, bit for bit."""
 
+import io
 import json
 import os
 import random
@@ -14,22 +15,28 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from small_runs import silent, small_job, small_release
+from stop_after import StopAfter
 
 from draf_dist.data.release import open_release
 from draf_dist.errors import DataError, GateError, InterruptedRunError, SpecError
 from draf_dist.protocols.names import checkpoint_folder, tensors_file
 from draf_dist.storage import open_store
-from draf_dist.training.job import FinetuneJob
+from draf_dist.training.exporting import export_best
+from draf_dist.training.job import CheckpointConfig, FinetuneJob
 from draf_dist.training.journal import read_lines
 from draf_dist.training.ledger import receipts_by_epoch
 from draf_dist.training.pin import pin
-from draf_dist.training.run import RunResult, train
+from draf_dist.training.run import RunResult, attempt, begin, train
 from draf_dist.training.run_folder import Fence, enter_run, open_run
 from draf_dist.training.summary import summarise
+from draf_dist.training.torch_engine import OneProcess
 from draf_dist.training.trace import trace
 
+# A run that ended: its result and its folder.
+Finished = tuple[RunResult, Path]
 COMMAND = """
 import sys
 from draf_dist.training.run import train
@@ -143,6 +150,35 @@ def test_an_interrupted_run_continues_as_if_nothing_had_been(
     assert (found.stops, found.failures, found.lost_steps, found.attempts) == ({"SIGTERM": 1}, (), 0, 2)
     assert_same_run(undisturbed, tmp_path / "run")
     assert_each_study_once_per_epoch(tmp_path / "run", job)
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("asked", [0, 1], ids=["at the last step of an epoch", "during its validation"])
+def test_no_validation_is_waited_for_and_it_is_made_later(
+    undisturbed: Path, job: FinetuneJob, tmp_path: Path, epoch: int, asked: int
+) -> None:
+    """The checkpoint says that it is due; the next attempt begins with it, and all is as if nothing had been."""
+    epoch_steps, batches = validations(undisturbed)[0][0], -(-num_validated(job) // job.batch_size)
+    stop = StopAfter(epoch * epoch_steps + (epoch - 1) * batches + asked)
+    job = job.model_copy(update={"checkpoint": CheckpointConfig(every_steps=3, keep=9)})
+    folder = begin(job, str(tmp_path / "run"))
+    with pytest.raises(InterruptedRunError, match=f"after step {epoch * epoch_steps} of"):
+        attempt(folder.url, OneProcess(), silent(), stop)
+    assert validations(tmp_path / "run") == validations(undisturbed)[: epoch - 1]
+    saved = folder.checkpoints.at(epoch * epoch_steps).state
+    assert (saved.due, saved.score) == (True, None)
+    assert run(job, tmp_path / "run").finished
+    saved = folder.checkpoints.at(epoch * epoch_steps).state
+    assert (saved.due, saved.score) == (False, validations(undisturbed)[epoch - 1][1])
+    assert_same_run(undisturbed, tmp_path / "run")
+    assert_each_study_once_per_epoch(tmp_path / "run", job)
+    found = summarise(str(tmp_path / "run"))
+    assert (found.as_planned, found.goodput.lost_steps, found.goodput.failures) == (True, 0, ())
+    assert found.goodput.wall_s == pytest.approx(sum(found.goodput.seconds.values()))
+
+
+def num_validated(job: FinetuneJob) -> int:
+    return open_release(job.release).manifest.receipts["val"].count
 
 
 @pytest.mark.slow
@@ -290,26 +326,92 @@ def spoiled(job: FinetuneJob) -> FinetuneJob:
     )
 
 
-def test_best_weights_that_are_lost_are_said_to_be_lost(spoiled: FinetuneJob, tmp_path: Path) -> None:
-    result = run(spoiled, tmp_path / "run")
-    ledger = tmp_path / "run" / "ledger.jsonl"
+@pytest.fixture(scope="module")
+def soon_spoiled(spoiled: FinetuneJob, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """That run, whole."""
+    out = tmp_path_factory.mktemp("spoiled") / "run"
+    return run(spoiled, out), out
+
+
+def without_its_end(whole: Path, out: Path) -> None:
+    """A copy, as a kill in the export would have left it."""
+    shutil.copytree(whole, out)
+    ledger = out / "ledger.jsonl"
     *before_end, _ = ledger.read_text().splitlines(keepends=True)
     ledger.write_text("".join(before_end))
-    tensors_at(tmp_path / "run", result.best_step).write_bytes(b"rot")
-    for _ in range(2):
-        with pytest.raises(DataError, match=r"expected the weights of the best validation.*Start anew with --fresh"):
+
+
+@pytest.mark.parametrize("how", ["broken", "gone"])
+def test_best_weights_that_are_lost_are_made_again(spoiled: FinetuneJob, soon_spoiled: Finished, tmp_path: Path, how: str) -> None:
+    """Every checkpoint that is left is from after them: the run begins at step 0, and comes to the same."""
+    (result, whole), out = soon_spoiled, tmp_path / "run"
+    without_its_end(whole, out)
+    weights = tensors_at(out, result.best_step)
+    shutil.rmtree(weights.parent) if how == "gone" else weights.write_bytes(b"rot")
+    assert replace(run(spoiled, out), url=result.url) == result
+    assert [line["start"] for line in open_run(str(out)).ledger() if line["event"] == "attempt"] == [0, 0]
+    assert_same_run(whole, out)
+
+
+def test_best_weights_that_are_lost_are_missed_when_the_run_goes_on(
+    spoiled: FinetuneJob, soon_spoiled: Finished, tmp_path: Path
+) -> None:
+    """Not only at its end; and an older checkpoint, which has another best, serves."""
+    result, whole = soon_spoiled
+    out, said, kept = tmp_path / "run", io.StringIO(), spoiled.model_copy(update={"checkpoint": CheckpointConfig(keep=9)})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_at(monkeypatch, result.best_step + 2)
+        with pytest.raises(InterruptedRunError):
+            run(kept, out)
+    tensors_at(out, result.best_step).write_bytes(b"rot")
+    before = max((step for step in open_run(str(out)).checkpoints.steps() if step < result.best_step), default=0)
+    assert replace(train(kept, str(out), console=Console(file=said, width=1000)), url=result.url) == result
+    assert f"the run goes back to before step {result.best_step}" in said.getvalue()
+    starts = [line["start"] for line in open_run(str(out)).ledger() if line["event"] == "attempt"]
+    assert starts == [0, before]
+    assert_same_run(whole, out)
+
+
+def test_best_weights_that_are_lost_at_the_export_cost_no_fresh_start(
+    spoiled: FinetuneJob, soon_spoiled: Finished, tmp_path: Path
+) -> None:
+    from draf_dist.training import run as running
+
+    def break_and_export(folder: Any, stage: Any, step: int) -> None:
+        tensors_at(tmp_path / "run", step).write_bytes(b"rot")
+        export_best(folder, stage, step)
+
+    without_its_end(soon_spoiled[1], tmp_path / "run")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(running, "export_best", break_and_export)
+        with pytest.raises(DataError, match=r"expected the weights of the best validation.*The same command goes back") as caught:
             run(spoiled, tmp_path / "run")
-    assert run(spoiled, tmp_path / "run", fresh=True) == result
+    # That it does: see the test before.
+    assert "--fresh" not in str(caught.value)
 
 
-def test_training_stops_early_and_keeps_the_best(spoiled: FinetuneJob, tmp_path: Path) -> None:
-    result = run(spoiled, tmp_path / "run")
-    found = validations(tmp_path / "run")
+def test_an_attempt_that_was_overtaken_in_its_export_does_not_say_that_it_finished(job: FinetuneJob, tmp_path: Path) -> None:
+    from draf_dist.training import run as running
+
+    def export_and_overtake(folder: Any, stage: Any, step: int) -> None:
+        export_best(folder, stage, step)
+        Fence.take(folder.store)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(running, "export_best", export_and_overtake)
+        with pytest.raises(GateError, match="a later one"):
+            run(job.model_copy(update={"epochs": 1}), tmp_path / "run")
+    assert open_run(str(tmp_path / "run")).end() is None
+
+
+def test_training_stops_early_and_keeps_the_best(spoiled: FinetuneJob, soon_spoiled: Finished, tmp_path: Path) -> None:
+    result, whole = soon_spoiled
+    found = validations(whole)
     assert result.steps < 40 * found[0][0]
     assert found[-1][1] >= result.best_loss
     assert result.best_step == found[-3][0]
-    exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
-    best = open_run(str(tmp_path / "run")).checkpoints.at(result.best_step).tensors.weights()
+    exported = load_file(whole / "model" / "model.safetensors")
+    best = open_run(str(whole)).checkpoints.at(result.best_step).tensors.weights()
     assert all(torch.equal(value, best[name]) for name, value in exported.items())
 
     # Stopped after the best epoch, the run must remember which one that was and how long ago.
@@ -318,7 +420,7 @@ def test_training_stops_early_and_keeps_the_best(spoiled: FinetuneJob, tmp_path:
         with pytest.raises(InterruptedRunError):
             run(spoiled, tmp_path / "continued")
     assert replace(run(spoiled, tmp_path / "continued"), url=result.url) == result
-    assert_same_run(tmp_path / "run", tmp_path / "continued")
+    assert_same_run(whole, tmp_path / "continued")
 
 
 def test_trace_finds_every_use_of_a_study_that_the_receipts_count(undisturbed: Path, job: FinetuneJob) -> None:

@@ -121,6 +121,14 @@ def test_the_books_come_before_anything_of_the_checkpoint(tmp_path: Path) -> Non
     assert newest(tmp_path).checkpoint is not None
 
 
+def test_a_report_says_how_long_the_books_took(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, world=1)
+    attempt.savers[0].save(state_at(10, 1), first=lambda: time.sleep(0.1))
+    attempt.savers[0].wait()
+    (report,) = attempt.savers[0].settled()
+    assert report.books_s >= 0.1
+
+
 def test_without_the_books_there_is_no_checkpoint(tmp_path: Path) -> None:
     attempt = Attempt(tmp_path, world=1)
 

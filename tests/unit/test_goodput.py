@@ -209,6 +209,24 @@ def test_a_kill_costs_the_steps_since_the_last_checkpoint_and_the_time_until_the
     assert (found.steps, found.lost_steps, found.mtbf_s) == (10, 2, 37.0)
 
 
+@pytest.mark.parametrize(
+    ("how", "foreseen"),
+    [
+        ({"outcome": "rolled_back", "reason": "bad loss"}, True),
+        ({"outcome": "failed", "reason": "DataError", "foreseen": True}, True),
+        ({"outcome": "failed", "reason": "RuntimeError", "foreseen": False}, False),
+    ],
+)
+def test_only_accidents_are_reckoned_with_in_the_time_between_failures(how: dict[str, Any], foreseen: bool) -> None:
+    """The run that was killed once breaks again at its end, and is continued after half a minute."""
+    end = {"event": "end", "attempt": 2, "steps": 10, "done": 10, "seconds": {"other": 1.0}, "time": NOW + 38.0, **how}
+    found = goodput([*killed_and_continued(), end, attempt(3, 10, 68.0)])
+    assert [(failure.why, failure.foreseen) for failure in found.failures] == [(UNKNOWN, False), (how["reason"], foreseen)]
+    assert len(found.accidents) == 2 - foreseen
+    # 69 s in all; nobody was trying in 32 of them, if it had ended in a way that calls for somebody.
+    assert found.mtbf_s == (37.0 if foreseen else 69.0 / 2)
+
+
 def test_a_commit_whose_checkpoint_is_broken_is_lost_with_its_samples() -> None:
     lines = [attempt(1, 0, 0.0), commit(1, 0, 4, 4.0, step=4.0), commit(1, 4, 8, 8.0, step=4.0), attempt(2, 4, 10.0)]
     found = goodput([*lines, commit(2, 4, 8, 15.0, restart=1.0, step=4.0)])

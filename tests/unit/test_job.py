@@ -156,7 +156,7 @@ def test_the_rest_of_a_run_half_removed_is_not_taken_for_the_next_one(tmp_path: 
     assert enter_run(str(tmp_path), job(seed=1), "fresh").end() is None
 
 
-def test_the_mark_of_a_run_is_the_last_thing_that_fresh_removes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fresh_removes_what_makes_a_run_first_and_keeps_its_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter_run(str(tmp_path), job(), "continue")
     store = open_store(str(tmp_path))
     Fence.take(store)
@@ -165,7 +165,18 @@ def test_the_mark_of_a_run_is_the_last_thing_that_fresh_removes(tmp_path: Path, 
     removed: list[str] = []
     monkeypatch.setattr(store, "delete", removed.append)
     clear(store)
-    assert removed == ["checkpoints/step-00000001/manifest.json", JOB, LEDGER, "attempts/00000001.json"]
+    assert removed == ["checkpoints/step-00000001/manifest.json", JOB, LEDGER]
+
+
+def test_an_attempt_at_the_run_that_fresh_removed_is_stopped_and_its_number_is_not_used_again(tmp_path: Path) -> None:
+    stale = Fence.take(enter_run(str(tmp_path), job(), "continue").store)
+    folder = enter_run(str(tmp_path), job(seed=1), "fresh")
+    with pytest.raises(GateError, match="found a later one"):
+        stale.check()
+    new = Fence.take(folder.store)
+    assert (new.attempt.number, new.attempt.inherits) == (stale.attempt.number + 2, ())
+    new.check()
+    assert enter_run(str(tmp_path), job(seed=1), "continue").job.seed == 1
 
 
 def test_a_delivery_that_came_since_does_not_make_the_same_command_another(tmp_path: Path) -> None:

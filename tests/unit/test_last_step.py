@@ -11,7 +11,8 @@ from draf_dist.training.tracking import METRICS
 from draf_dist.training.watch import last_step as module
 from draf_dist.training.watch.last_step import PROGRESS, LastStep, Progress, last_step
 
-LEDGER = [{"event": "attempt", "attempt": 2, "start": 4}, {"event": "commit", "attempt": 2, "start": 4, "stop": 8}]
+BEGAN = {"event": "attempt", "attempt": 2, "start": 4, "began": 1000.0, "time": 1001.0}
+LEDGER = [BEGAN, {"event": "commit", "attempt": 2, "start": 4, "stop": 8}]
 
 
 @pytest.fixture
@@ -70,3 +71,33 @@ def test_an_attempt_that_said_how_it_ended_is_asked_nothing_more(store: Store) -
     log(store, 9, 10)
     assert last_step(store, [*LEDGER, {"event": "end", "attempt": 2}]) is None
     assert last_step(store, []) is None
+
+
+def test_what_an_earlier_attempt_left_past_the_commit_says_nothing_of_this_one(store: Store) -> None:
+    """Each that dies between its line in the ledger and its first step would be said to have lost the same steps once more."""
+    log(store, 9, 10)
+    assert last_step(store, LEDGER) == LastStep(2, 10, 1010.0, 3.0)
+    again = {"event": "attempt", "attempt": 3, "start": 8, "began": 1010.5, "time": 1011.0}
+    assert last_step(store, [*LEDGER, again]) is None
+    log(store, 9, 10, 11)
+    assert last_step(store, [*LEDGER, again]) == LastStep(3, 11, 1011.0, 1.5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\0" * 40,
+        '{"attempt": 2, "st',
+        "[]",
+        '{"attempt": 2, "step": 12, "time": 7.0}',
+        '{"attempt": 2, "step": 12, "time": 7.0, "lost_s": 3.0, "x": 2}',
+        '{"attempt": 2, "step": null, "time": 7.0, "lost_s": 3.0}',
+        '{"attempt": 2, "step": 12, "time": 7.0, "lost_s": NaN}',
+    ],
+)
+def test_what_can_not_be_read_is_as_if_it_were_not_there(store: Store, text: str) -> None:
+    store.write(PROGRESS, text.encode())
+    assert last_step(store, LEDGER) is None
+    log(store, 9, 10)
+    assert last_step(store, LEDGER) == LastStep(2, 10, 1010.0, 3.0)

@@ -233,9 +233,17 @@ def test_what_is_passed_on_to_deepspeed_is_checked_at_once_and_all_of_it(tmp_pat
         ("{zero_stage: 2, offload: optimizer_and_parameters}", "needs zero_stage 3, not 2"),
         ("{zero_stage: 2, extra: {zero_optimization: {stage3_max_live_parameters: 9}}}", "do nothing at zero_stage 2: stage3_max"),
         ("{zero_stage: 0, extra: {zero_optimization: {overlap_comm: true}}}", "do nothing at zero_stage 0: overlap_comm"),
+        (
+            "{extra: {zero_optimization: {round_robin_gradients: true}}}",
+            "round_robin_gradients: .*checkpoints could not be put together",
+        ),
+        ("{extra: {zero_optimization: {allgather_bucket_size: 1}}}", "allgather_bucket_size: .*multiple of 2"),
+        ("{extra: {zero_optimization: {allgather_bucket_size: 1001}}}", "allgather_bucket_size: .*multiple of 2"),
+        ("{extra: {flops_profiler: {enabled: true}}}", "flops_profiler: .*can't be passed on: .*which no step calls"),
+        ("{extra: {dump_state: true}}", "dump_state: .*can't be passed on: log_level: info"),
     ],
 )
-def test_what_a_zero_stage_does_not_have_is_refused(tmp_path: Path, deepspeed: str, told: str) -> None:
+def test_what_deepspeed_or_its_stage_does_not_do_is_refused(tmp_path: Path, deepspeed: str, told: str) -> None:
     with pytest.raises(SpecError, match=told):
         load_profile(written(tmp_path, f"kind: ray\ndeepspeed: {deepspeed}\n"))
 

@@ -14,6 +14,7 @@ from draf_dist.errors import DataError
 from draf_dist.protocols.attempts import (
     AttemptRecord,
     SupersededError,
+    begin_anew,
     check_newest,
     is_newest,
     numbers,
@@ -111,7 +112,40 @@ def test_what_a_stale_attempt_commits_is_never_seen(store: Store) -> None:
     assert not store.list(late)
 
 
-def test_one_whose_run_was_begun_anew_under_its_feet_is_not_the_newest(store: Store) -> None:
+def test_a_run_begun_anew_goes_on_counting_and_inherits_nothing(store: Store) -> None:
+    stale = begin(store)
+    save(store, stale, 1)
+    assert run_on(store, begin_anew("fresh", 2.5)).number == 2
+    assert run_on(store, valid_checkpoints()) == ()
+    with pytest.raises(SupersededError):
+        save(store, stale, 2)
+    new = begin(store, "b")
+    assert (new.number, new.inherits) == (3, ())
+    own = save(store, new, 1)
+    run_on(store, prune(new, keep=3))
+    assert {path.split("/")[1] for path in store.list("checkpoints")} == {own}
+
+
+def test_a_rank_of_the_run_before_adds_nothing_to_a_checkpoint(store: Store) -> None:
+    """No rank but the first asks whether it may still write."""
+    stale = begin(store)
+    run_on(store, begin_anew("fresh", 2.5))
+    new = begin(store, "b")
+    of_stale, of_new = CheckpointName(stale.number, 10).id, CheckpointName(new.number, 10).id
+    run_on(store, put_part(of_new, 0, {"rank-00000.safetensors": content_of_bytes(b"new 0")}))
+    run_on(store, put_part(of_stale, 1, {"rank-00001.safetensors": content_of_bytes(b"stale 1")}))
+
+    def wait(_: float) -> None:
+        run_on(store, put_part(of_new, 1, {"rank-00001.safetensors": content_of_bytes(b"new 1")}))
+
+    manifest = run_on(store, commit(new, 10, 2), wait=wait)
+    assert manifest.files["rank-00001.safetensors"] == content_of_bytes(b"new 1").record
+    found = run_on(store, newest_good((of_new,)))
+    assert found is not None
+    assert found.manifest == manifest
+
+
+def test_one_whose_folder_was_removed_under_its_feet_is_not_the_newest(store: Store) -> None:
     attempt = begin(store)
     run_on(store, check_newest(attempt))
     store.delete(attempt_path(1))

@@ -39,16 +39,34 @@ def test_a_history_is_the_same_whenever_its_seed_is() -> None:
 # What each function would be without one of its rules.
 
 
-def number_by_write(token: str, started: float) -> Steps[AttemptRecord]:
-    claim = AttemptRecord(number=1 + max((yield from attempts.numbers()), default=0), token=token, started=started)
+def number_by_write(token: str, started: float, *, sealed: bool = False) -> Steps[AttemptRecord]:
+    number = 1 + max((yield from attempts.numbers()), default=0)
+    claim = AttemptRecord(number=number, token=token, started=started, sealed=sealed)
     yield Write(attempt_path(claim.number), attempts.encoded(claim))
     return claim
 
 
-def number_without_a_look_at_the_answer(token: str, started: float) -> Steps[AttemptRecord]:
-    claim = AttemptRecord(number=1 + max((yield from attempts.numbers()), default=0), token=token, started=started)
+def number_without_a_look_at_the_answer(token: str, started: float, *, sealed: bool = False) -> Steps[AttemptRecord]:
+    number = 1 + max((yield from attempts.numbers()), default=0)
+    claim = AttemptRecord(number=number, token=token, started=started, sealed=sealed)
     yield Create(attempt_path(claim.number), attempts.encoded(claim))
     return claim
+
+
+def anew_from_the_first_number(token: str, started: float) -> Steps[None]:
+    for number in (yield from attempts.numbers()):
+        yield Delete(attempt_path(number))
+
+
+def anew_without_the_records_before(token: str, started: float) -> Steps[None]:
+    record = yield from attempts.claim_number(token, started, sealed=True)
+    for number in reversed((yield from attempts.numbers())):
+        if number < record.number:
+            yield Delete(attempt_path(number))
+
+
+def anew_like_any_attempt(token: str, started: float) -> Steps[AttemptRecord]:
+    return (yield from attempts.claim_number(token, started))
 
 
 def look_before_the_number_is_taken(token: str, started: float) -> Steps[AttemptRecord]:
@@ -259,6 +277,18 @@ MUTATIONS = {
     "one that died before it looked had nothing": run(
         "reported and attempt . goes back", (attempts, "valid_checkpoints", inherit_of_the_attempt_before_alone)
     ),
+    "a run begun anew counts from the beginning": run(
+        "two attempts have number", (attempts, "begin_anew", anew_from_the_first_number)
+    ),
+    "a run begun anew counts from the beginning, and ranks of both put parts": run(
+        "is not whole",
+        (attempts, "begin_anew", anew_from_the_first_number),
+        (Run, "_check_taken", lambda self, view, record: setattr(view, "record", record)),
+    ),
+    "a run begun anew removes the records before": run(
+        "after a later one had begun", (attempts, "begin_anew", anew_without_the_records_before)
+    ),
+    "a run begun anew inherits": run("although the run was begun anew", (attempts, "begin_anew", anew_like_any_attempt)),
     "whatever is committed may be restored": run("and not inherited by", (attempts, "valid_checkpoints", inherit_all)),
     "nobody looks for a later attempt": run("after a later one had begun", (checkpoint, "check_newest", no_look)),
     "a commit looks for a later attempt before only": run(

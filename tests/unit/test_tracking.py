@@ -3,7 +3,10 @@
 import io
 import json
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -13,10 +16,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from draf_dist.data.loader_stats import LoaderStats
 from draf_dist.errors import DataError, StorageFullError
 from draf_dist.storage import Store, open_store
-from draf_dist.training.journal import Journal, read_lines
+from draf_dist.storage.local import LocalStore
+from draf_dist.training.books import OpenBooks
+from draf_dist.training.journal import Journal, Line, read_lines
+from draf_dist.training.ledger import FILE as LEDGER
+from draf_dist.training.ledger import Ledger
 from draf_dist.training.loop import StepReport
 from draf_dist.training.progress import ProgressLine
+from draf_dist.training.run_folder import Fence
 from draf_dist.training.tracking import METRICS, TENSORBOARD, Tracker
+from draf_dist.training.watch.health import RollBack
+from draf_dist.training.watch.last_step import Progress
 
 
 def report_at(step: int, loss: float = 0.5) -> StepReport:
@@ -37,6 +47,17 @@ def report_at(step: int, loss: float = 0.5) -> StepReport:
 
 def lines(store: Store) -> list[tuple[str, int]]:
     return [(line["event"], line["step"]) for line in read_lines(store, METRICS)]
+
+
+def test_a_validation_that_is_to_be_made_again_does_not_stand_there_twice(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    with Tracker(store, 0) as tracker:
+        for step in (1, 2):
+            tracker.step(report_at(step), LoaderStats())
+            tracker.epoch(step, step, {"nll": 0.6})
+    with Tracker(store, 2, due=True):
+        pass
+    assert lines(store) == [("step", 1), ("epoch", 1), ("step", 2)]
 
 
 def test_a_new_attempt_takes_out_what_lies_past_its_checkpoint(tmp_path: Path) -> None:
@@ -111,11 +132,72 @@ def test_nan_is_refused_because_it_is_no_json(tmp_path: Path) -> None:
     journal.close()
 
 
+class Far(LocalStore):
+    """A store to which nothing can be appended. meanwhile: what happens while it is written to."""
+
+    meanwhile: Callable[[], None] = staticmethod(lambda: None)
+
+    def local_path(self, path: str) -> None:
+        return None
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        self.meanwhile()
+        super().write(path, data)
+
+
+def test_on_a_remote_store_a_line_is_encoded_once_however_often_the_file_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[Line] = []
+    dumps = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda line, **options: encoded.append(line) or dumps(line, **options))
+    store = Far(tmp_path)
+    journal = Journal(store, METRICS)
+    for step in range(1, 11):
+        journal.append({"event": "step", "step": step})
+        journal.flush()
+    assert [line["step"] for line in encoded] == list(range(1, 11))
+    assert journal.lines == tuple(read_lines(store, METRICS)) == tuple(encoded)
+
+
+def test_a_line_that_comes_while_the_file_is_sent_is_in_the_next(tmp_path: Path) -> None:
+    store = Far(tmp_path)
+    journal = Journal(store, METRICS)
+    journal.append({"event": "step", "step": 1})
+    store.meanwhile = lambda: journal.append({"event": "step", "step": 2})
+    journal.flush()
+    assert lines(store) == [("step", 1)]
+    store.meanwhile = lambda: None
+    journal.flush()
+    assert lines(store) == [("step", 1), ("step", 2)]
+
+
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [
+        (DataError("a broken shard"), ("failed", "DataError", True)),
+        (RuntimeError("a rank is gone"), ("failed", "RuntimeError", False)),
+        (RollBack(), ("rolled_back", "bad loss", True)),
+    ],
+)
+def test_the_books_say_whether_an_error_was_foreseen(tmp_path: Path, error: Exception, end: tuple[str, str, bool]) -> None:
+    store, console = open_store(str(tmp_path)), Console(file=io.StringIO())
+    fence = Fence.take(store)
+    ledger = Ledger(Journal(store, LEDGER), fence.attempt.number, 0, 1, 1, 1)
+    ledger.open(None)
+    line = ProgressLine(console, num_steps=20, steps_per_epoch=10, start=0)
+    OpenBooks(fence, ledger, cast(Tracker, None), line, Progress(store, fence.attempt.number)).broke(error)
+    last = read_lines(store, LEDGER)[-1]
+    assert (last["outcome"], last["reason"], last["foreseen"]) == end
+
+
 def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     with Tracker(store, 0) as tracker:
         for step in (1, 2, 3):
             tracker.step(report_at(step), LoaderStats())
+    # TensorBoard orders the files of one second by a counter of the process, as text.
+    time.sleep(1.0)
     with Tracker(store, 2) as tracker:
         tracker.step(report_at(3, loss=0.25), LoaderStats())
         tracker.epoch(1, 3, {"nll": 0.75})

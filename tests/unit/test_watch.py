@@ -20,12 +20,13 @@ from rich.console import Console
 from draf_dist.errors import DrafError, StorageFullError
 from draf_dist.storage import open_store
 from draf_dist.training.loop import StepReport
+from draf_dist.training.schedule import SaveGrid
 from draf_dist.training.torch_engine import OneProcess
 from draf_dist.training.watch import watchdog
 from draf_dist.training.watch.bad_loss import BadLoss
 from draf_dist.training.watch.board import OwnBoard
 from draf_dist.training.watch.flight import NUM_STEPS, FlightRecorder, read_flight, recover
-from draf_dist.training.watch.health import BadStep, Health, Skipped
+from draf_dist.training.watch.health import BadStep, Health, Skipped, holds_skipped
 from draf_dist.training.watch.ring import Ring, read_ring
 from draf_dist.training.watch.room import OutOfMemoryError, oom_kills, told_what_to_lower
 from draf_dist.training.watch.stacks import innermost, stack_of, stacks, waits_for_others
@@ -303,13 +304,20 @@ def test_bad_steps_one_after_the_other_end_the_run() -> None:
 
 
 def test_rolling_back_skips_everything_since_the_checkpoint() -> None:
-    health = Health(BadLoss(action="roll_back", at_most=2), saved=4)
-    for step, start in ((7, 4), (8, 4)):
+    """Saved after 4 steps of an epoch of 100, after 8, and so on: whatever else was saved does not count."""
+    health = Health(BadLoss(action="roll_back", at_most=2), last_save=SaveGrid(4, 100).last)
+    for step, start in ((6, 4), (7, 4)):
         with pytest.raises(BadStep) as caught:
             health.skip_or_raise(step, "loss nan")
         assert health.skip(caught.value) == Skipped(start, step + 1, "loss nan")
     with pytest.raises(DrafError, match="in a row"):
-        health.skip_or_raise(9, "loss nan")
+        health.skip_or_raise(8, "loss nan")
+
+
+def test_a_checkpoint_from_before_a_step_was_found_to_be_skipped_goes_too_far() -> None:
+    ledger = [{"event": "skipped", "attempt": 3, "start": 8, "stop": 12, "why": "loss nan"}]
+    found = {(step, attempt) for step in (4, 8, 9, 12) for attempt in (2, 3, 4) if holds_skipped(ledger, step, attempt)}
+    assert found == {(9, 2), (12, 2)}
 
 
 def test_one_skipped_step_can_be_done_all_the_same() -> None:

@@ -8,7 +8,7 @@ judging again. So the weights after any step are a function of the job and of th
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -44,7 +44,7 @@ class BadStep(Exception):  # noqa: N818 - what it means is decided by who catche
 
 
 class RollBack(Exception):  # noqa: N818 - no error: the attempt ends here, and another one begins
-    """What to skip is recorded: the run goes on from its newest checkpoint."""
+    """What to skip is recorded: the run goes on from its newest checkpoint without any of it."""
 
 
 @dataclass
@@ -54,15 +54,23 @@ class Health:
     # None judges nothing: what was decided before is followed, whatever the numbers.
     rule: BadLoss | None = BadLoss()
     skipped: list[Skipped] = field(default_factory=list)
-    # Steps done at the newest checkpoint.
-    saved: int = 0
+    # Steps done at the last checkpoint that a run saves unasked (schedule.SaveGrid). One that somebody asked for does not count, or
+    # what is skipped would depend on when the run was stopped.
+    last_save: Callable[[int], int] = lambda step: step
     _seen: dict[str, deque[float]] = field(default_factory=dict)
 
     @classmethod
-    def at(cls, rule: BadLoss | None, ledger: Iterable[Line], metrics: Iterable[Line], start: int) -> "Health":
+    def at(
+        cls,
+        rule: BadLoss | None,
+        ledger: Iterable[Line],
+        metrics: Iterable[Line],
+        start: int,
+        last_save: Callable[[int], int] = lambda step: step,
+    ) -> "Health":
         """As an attempt that had done the first `start` steps itself would know it, from the books of the run."""
         recorded = [Skipped(line["start"], line["stop"], line["why"]) for line in ledger if line["event"] == EVENT]
-        health = cls(rule, recorded, start)
+        health = cls(rule, recorded, last_save)
         for line in metrics:
             if line["event"] == "step" and line["step"] <= start:
                 health._remember("loss", line["loss"])
@@ -77,7 +85,7 @@ class Health:
         """The same, with one step done all the same."""
         before = [replace(known, stop=min(known.stop, step)) for known in self.skipped]
         after = [replace(known, start=max(known.start, step + 1)) for known in self.skipped]
-        return Health(self.rule, [known for known in before + after if known.start < known.stop], self.saved)
+        return Health(self.rule, [known for known in before + after if known.start < known.stop], self.last_save)
 
     def judge(self, what: Literal["loss", "gradient"], value: float) -> str | None:
         """Why a value of the global batch is bad, None where it is good; a good one is remembered."""
@@ -116,7 +124,7 @@ class Health:
     def skip(self, bad: BadStep) -> Skipped:
         """What is skipped because of a bad step, from now on."""
         back = self.rule is not None and self.rule.action == "roll_back"
-        self.skipped.append(Skipped(min(self.saved, bad.step) if back else bad.step, bad.step + 1, bad.why))
+        self.skipped.append(Skipped(self.last_save(bad.step) if back else bad.step, bad.step + 1, bad.why))
         return self.skipped[-1]
 
     def _in_a_row(self, step: int) -> int:
@@ -129,6 +137,12 @@ class Health:
 
     def _remember(self, what: str, value: float) -> None:
         self._seen.setdefault(what, deque(maxlen=REMEMBERED)).append(abs(value))
+
+
+def holds_skipped(ledger: Iterable[Line], step: int, attempt: int) -> bool:
+    """Whether a checkpoint, of that attempt, may hold an update that only a later attempt has found to be skipped."""
+    skipped = (line for line in ledger if line["event"] == EVENT)
+    return any(line["start"] < step and attempt < line["attempt"] for line in skipped)
 
 
 def _stopped(step: int, why: str, remedy: str) -> DrafError:

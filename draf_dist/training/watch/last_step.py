@@ -6,6 +6,7 @@ it notices: then what the newer one did past its last checkpoint is known from m
 """
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterable
@@ -13,8 +14,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
 from draf_dist.errors import DrafError
-from draf_dist.storage import Store
+from draf_dist.storage import MissingError, Store
 from draf_dist.training.journal import Line, read_lines
 from draf_dist.training.tracking import METRICS
 
@@ -24,6 +27,7 @@ EVERY_S = 10.0
 PATIENCE_S = 1.0
 
 
+@with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
 @dataclass(frozen=True)
 class LastStep:
     """The last step that is known of an attempt.
@@ -35,6 +39,9 @@ class LastStep:
     step: int
     time: float
     lost_s: float
+
+
+_STORED = TypeAdapter(LastStep)
 
 
 class Progress:
@@ -72,27 +79,37 @@ class Progress:
 def last_step(store: Store, ledger: Iterable[Line]) -> LastStep | None:
     """The last sign of the newest attempt in a ledger, None where its lines there say as much; metrics.jsonl as it left them."""
     attempt = stop = 0
+    began = 0.0
     ended = True
     for line in ledger:
         if line["event"] == "attempt":
             attempt, stop, ended = line["attempt"], line["start"], False
+            began = line["began"] if "began" in line else line["time"]
         elif line["event"] == "commit":
             stop = line["stop"]
         elif line["event"] == "end":
             ended = True
     if ended:
         return None
-    found = [_written(store), _logged(attempt, stop, read_lines(store, METRICS))]
+    found = [_written(store), _logged(attempt, stop, began, read_lines(store, METRICS))]
     later = [each for each in found if each is not None and each.attempt == attempt and each.step > stop]
     return max(later, key=lambda each: each.step, default=None)
 
 
 def _written(store: Store) -> LastStep | None:
-    return LastStep(**json.loads(store.read(PROGRESS))) if store.exists(PROGRESS) else None
+    """What progress.json says; None where there is none, or one that can't be read: the run can do without."""
+    try:
+        return _STORED.validate_json(store.read(PROGRESS))
+    except (MissingError, ValidationError):
+        return None
 
 
-def _logged(attempt: int, stop: int, metrics: Iterable[Line]) -> LastStep | None:
-    """From the lines past the last commit. An attempt takes those of earlier ones out before it adds its own."""
-    lines = [line for line in metrics if line["event"] == "step" and line["step"] > stop and "time" in line]
+def _logged(attempt: int, stop: int, began: float, metrics: Iterable[Line]) -> LastStep | None:
+    """From the lines past the last commit since the attempt began.
+
+    It takes those of earlier attempts out before it adds its own, and may have died before it did: they are no sign of it.
+    """
+    steps = (line for line in metrics if line["event"] == "step" and line["step"] > stop)
+    lines = [line for line in steps if line.get("time", -math.inf) >= began]
     lost_s = sum(line["wait_s"] + line["compute_s"] for line in lines)
     return LastStep(attempt, lines[-1]["step"], lines[-1]["time"], round(lost_s, 6)) if lines else None

@@ -26,11 +26,19 @@ from draf_dist.training.watch.watchdog import Hang, HungError, Watchdog
 
 @contextmanager
 def watched(
-    folder: RunFolder, backend: Backend, books: Books, console: Console, *, attempt: int, start: int, num_rows: int
+    folder: RunFolder,
+    backend: Backend,
+    books: Books,
+    console: Console,
+    *,
+    attempt: int,
+    start: int,
+    num_rows: int,
+    last_save: Callable[[int], int],
 ) -> Iterator["StepWatch"]:
     """The watch over the steps of an attempt that had done `start` when it began. Every rank enters it, with the books open.
 
-    attempt: its number; num_rows: of a batch of this rank.
+    attempt: its number; num_rows: of a batch of this rank; last_save: see Health.
 
     Raises:
         RollBack: a step was bad, and what is skipped because of it is recorded. All ranks get there alike.
@@ -38,7 +46,7 @@ def watched(
     """
     rule = folder.job.on_bad_loss
     metrics = [] if rule.exploding is None else folder.metrics()
-    health = Health.at(rule, folder.ledger(), metrics, start)
+    health = Health.at(rule, folder.ledger(), metrics, start, last_save)
     recording = Recording(folder.store, backend, console, attempt, num_rows)
     try:
         with StepWatch(backend, books, health, recording, attempt, start) as watch:
@@ -46,7 +54,7 @@ def watched(
     except BadStep as bad:
         skipped = health.skip(bad)
         books.skipped(skipped)
-        recording.say(f"warning: {bad}: back to the newest checkpoint; the updates of steps {skipped.name} are skipped from now on")
+        recording.say(f"warning: {bad}: back to the checkpoint before; the updates of steps {skipped.name} are skipped from now on")
         raise RollBack from bad
 
 
