@@ -313,8 +313,12 @@ def test_a_connection_that_is_cut_loses_no_line_and_shows_none_twice(story: Stor
 
 
 def test_nothing_but_the_job_is_printed(story: Story) -> None:
-    begin = next(number for number, line in enumerate(story.again) if line.startswith("Submitted as"))
-    assert {line.split()[0] for line in story.again[begin + 1 :] if line} <= {"epoch", "Finished", "Run:"}
+    """Epochs, then where the wall time went, then the result."""
+    begin, end = (next(n for n, line in enumerate(story.again) if line.startswith(what)) for what in ("Submitted as", "Finished"))
+    books = next(number for number, line in enumerate(story.again) if line.startswith("wall "))
+    assert begin < books < end
+    said = story.again[begin + 1 : books] + story.again[end:]
+    assert {line.split()[0] for line in said if line} <= {"epoch", "Finished", "Run:"}
 
 
 def run_rank(rank: int, world: int, url: str, config: DeepSpeedConfig) -> None:
