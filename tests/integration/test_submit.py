@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -313,12 +314,13 @@ def test_a_connection_that_is_cut_loses_no_line_and_shows_none_twice(story: Stor
 
 
 def test_nothing_but_the_job_is_printed(story: Story) -> None:
-    """Epochs, then where the wall time went, then the result."""
+    """Epochs, then where the wall time went, then the result; and which rank is slow, on a machine that has other work too."""
     begin, end = (next(n for n, line in enumerate(story.again) if line.startswith(what)) for what in ("Submitted as", "Finished"))
     books = next(number for number, line in enumerate(story.again) if line.startswith("wall "))
     assert begin < books < end
     said = story.again[begin + 1 : books] + story.again[end:]
-    assert {line.split()[0] for line in said if line} <= {"epoch", "Finished", "Run:"}
+    words = {line.split()[0] for line in said if line and not re.match(r"warning: step \d+: rank \d+", line)}
+    assert words <= {"epoch", "Finished", "Run:"}
 
 
 def run_rank(rank: int, world: int, url: str, config: DeepSpeedConfig) -> None:
