@@ -264,13 +264,13 @@ def test_a_finished_run_is_reported_and_no_worker_is_started(undisturbed: Path, 
 def test_more_workers_than_the_cluster_holds_are_refused_with_what_is_there(
     job: FinetuneJob, cluster: RayCluster, tmp_path: Path
 ) -> None:
-    with pytest.raises(SpecError, match=r"room for 99 workers with 1 CPU each, found room for \d+: nodes with \d+ CPU"):
-        run(job, tmp_path / "run", PROFILE.model_copy(update={"workers": 99}))
+    with pytest.raises(SpecError, match=r"room for 8 workers with 1 CPU each, found room for \d+: nodes with \d+ CPU"):
+        run(job, tmp_path / "run", PROFILE.model_copy(update={"workers": 8}))
 
 
 def test_a_run_is_not_removed_before_it_is_sure_that_another_can_start(undisturbed: Path, job: FinetuneJob) -> None:
     with pytest.raises(SpecError, match="found room for"):
-        run(job, undisturbed, PROFILE.model_copy(update={"workers": 99}), fresh=True)
+        run(job, undisturbed, PROFILE.model_copy(update={"workers": 8}), fresh=True)
     assert open_run(str(undisturbed)).end() is not None
 
 
