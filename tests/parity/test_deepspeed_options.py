@@ -16,21 +16,16 @@ from deepspeed.runtime.config import DeepSpeedConfig as DeepSpeedsOwn
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from forked_ranks import run_on_ranks
 from model_inputs import SMALL_ENCODERS, pass_keys, small_batch, small_schema, small_stats
+from small_engines import new_model, objective
 from torch import Tensor, nn
 
 from draf_dist.data.order import rank_entries
 from draf_dist.errors import GateError
-from draf_dist.losses.gather import AllGather, one_process
-from draf_dist.models.build import build_model
-from draf_dist.models.encoders import Image2dConfig
 from draf_dist.models.encoders.image2d import ResidualBlock
 from draf_dist.models.export import model_files, read_model
 from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.models.fusion.mean import MeanConfig
-from draf_dist.objectives.fusion import FusionObjectiveConfig
-from draf_dist.objectives.pretrain import build_network
-from draf_dist.objectives.pretrain_simclr import SimclrConfig
 from draf_dist.schema.batch import Batch
 from draf_dist.training import deepspeed_engine, deepspeed_files
 from draf_dist.training.backend import Backend, EngineFiles
@@ -39,7 +34,7 @@ from draf_dist.training.deepspeed_engine import DeepSpeedRanks
 from draf_dist.training.deepspeed_extra import DeepSpeedExtra, ZeroExtra
 from draf_dist.training.fragments import HostCopy, WholeTensors
 from draf_dist.training.job import OptimizerConfig
-from draf_dist.training.loop import CoupledObjective, Objective, StepRules, train_steps
+from draf_dist.training.loop import StepRules, train_steps
 from draf_dist.training.repeatable import repeatable
 from draf_dist.training.schedule import EarlyStopping
 from draf_dist.training.state import TrainState
@@ -51,11 +46,11 @@ HALF, STEPS, ROWS = 1, 2, 7
 LOSS_TOLERANCE = 1e-6
 # Of a tensor's greatest value.
 STATE_TOLERANCE = 1e-6
-SIMCLR = SimclrConfig(modality="cxr")
 # Its running mean of U is a buffer that must move once per step.
-FUSION: dict[str, FusionConfig] = {
+FUSION: dict[str, FusionConfig | None] = {
     "draf": DrafConfig(width=8, encoders=SMALL_ENCODERS, u_ema=0.9),
     "mean": MeanConfig(width=8, encoders=SMALL_ENCODERS),
+    "simclr": None,
 }
 CPU = torch.device("cpu")
 Tree = dict[str, Any]
@@ -163,18 +158,6 @@ CONTINUED = [replace(case, name=f"{case.name}-continued", start=case.name) for c
 ALL = [*KEPT, *FORGETFUL, *OFFLOADED, *PASSED, *CONTINUED, *MOVED]
 
 
-def new_model(name: str) -> nn.Module:
-    if name == "simclr":
-        return build_network(SIMCLR, small_schema(), Image2dConfig(widths=(4, 8), groups=2), width=16, seed=3)
-    return build_model(FUSION[name], small_schema(), seed=1)
-
-
-def objective(name: str, backend: Backend) -> Objective | CoupledObjective:
-    if name == "simclr":
-        return SIMCLR.build(0, AllGather() if backend.world > 1 else one_process)
-    return FusionObjectiveConfig().build()
-
-
 def batches(backend: Backend, start: int) -> Iterator[tuple[int, Batch]]:
     mine = rank_entries(ROWS, ROWS, backend.rank, backend.world)
     for step in range(start, STEPS):
@@ -195,7 +178,7 @@ def train(case: Case, backend: Backend, out: Path, calls: Counter[str] | None = 
 
     calls: how often a layer within a block was computed is added to it.
     """
-    engine, files = backend.start(new_model(case.model), OptimizerConfig())
+    engine, files = backend.start(new_model(FUSION[case.model]), OptimizerConfig())
     if calls is not None:
         inner = next(part for part in engine.module.modules() if isinstance(part, ResidualBlock)).conv1
         inner.register_forward_hook(lambda *ignored: calls.update([case.name]))
@@ -208,7 +191,7 @@ def train(case: Case, backend: Backend, out: Path, calls: Counter[str] | None = 
         lambda batch: batch, lambda batch: pass_keys(batch, 2), lambda step: 2e-3, backend.reduce, backend.accumulation
     )
     losses = []
-    for report in train_steps(state, engine, batches(backend, state.step), objective(case.model, backend), rules):
+    for report in train_steps(state, engine, batches(backend, state.step), objective(FUSION[case.model], backend.world), rules):
         losses.append(report.loss)
         if report.step in (HALF, STEPS):
             save(files, backend, folder / str(report.step))
@@ -254,7 +237,7 @@ def elsewhere(stage: int) -> str:
         patch.setattr(deepspeed_engine, "settings", in_turns)
         patch.setattr(deepspeed_files, "_span", from_the_end)
         with pytest.raises(GateError) as caught:
-            ranks.start(new_model("mean"), OptimizerConfig())
+            ranks.start(new_model(FUSION["mean"]), OptimizerConfig())
     return str(caught.value)
 
 
@@ -346,7 +329,7 @@ def test_a_state_moves_between_stages_and_offloading_bit_for_bit(
 @pytest.mark.parametrize("case", [plain("mean", stage) for stage in STAGES] + OFFLOADED, ids=name_of)
 def test_model_files_come_from_any_stage_with_and_without_offloading(out: Path, case: Case) -> None:
     """The exchange form of a checkpoint in mid-run holds the bits that the ranks hold."""
-    state, model = state_of(out / case.name / str(HALF)), new_model("mean")
+    state, model = state_of(out / case.name / str(HALF)), new_model(FUSION["mean"])
     load_weights(model, state.weights())
     files = model_files(model, FUSION["mean"], small_schema(), small_stats())
     read: dict[str, Tensor] = read_model(files, where="model").model.state_dict()

@@ -12,52 +12,34 @@ import pytest
 import torch
 from forked_ranks import run_on_ranks
 from model_inputs import SMALL_ENCODERS, pass_keys, small_batch, small_schema
-from torch import nn
+from small_engines import new_model, objective
 
 from draf_dist.data.order import rank_entries
-from draf_dist.losses.gather import AllGather, one_process
-from draf_dist.models.build import build_model
-from draf_dist.models.encoders import Image2dConfig
 from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.models.fusion.mean import MeanConfig
-from draf_dist.objectives.fusion import FusionObjectiveConfig
-from draf_dist.objectives.pretrain import build_network
-from draf_dist.objectives.pretrain_simclr import SimclrConfig
 from draf_dist.schema.batch import Batch
 from draf_dist.training.backend import Backend
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.deepspeed_engine import DeepSpeedRanks
 from draf_dist.training.fragments import HostCopy, WholeTensors
 from draf_dist.training.job import OptimizerConfig
-from draf_dist.training.loop import CoupledObjective, Objective, StepRules, train_steps
+from draf_dist.training.loop import StepRules, train_steps
 from draf_dist.training.repeatable import repeatable
 from draf_dist.training.schedule import EarlyStopping
 from draf_dist.training.state import TrainState
 from draf_dist.training.torch_engine import OneProcess
 
 MODELS, STAGES = ("draf", "mean", "simclr"), (0, 1, 2, 3)
-FUSION: dict[str, FusionConfig] = {
+FUSION: dict[str, FusionConfig | None] = {
     "draf": DrafConfig(width=8, encoders=SMALL_ENCODERS),
     "mean": MeanConfig(width=8, encoders=SMALL_ENCODERS),
+    "simclr": None,
 }
-SIMCLR = SimclrConfig(modality="cxr")
 # Two ranks train up to the first of these steps, one process up to the second, three ranks to the last.
 FIRST, SECOND, LAST = 4, 8, 12
 ROWS = 7
 CPU = torch.device("cpu")
-
-
-def new_model(name: str) -> nn.Module:
-    if name == "simclr":
-        return build_network(SIMCLR, small_schema(), Image2dConfig(widths=(4, 8), groups=2), width=16, seed=3)
-    return build_model(FUSION[name], small_schema(), seed=1)
-
-
-def objective(name: str, backend: Backend) -> Objective | CoupledObjective:
-    if name == "simclr":
-        return SIMCLR.build(0, AllGather() if backend.world > 1 else one_process)
-    return FusionObjectiveConfig().build()
 
 
 def batches(backend: Backend, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
@@ -74,13 +56,13 @@ def state_of(folder: Path, step: int) -> WholeTensors:
 
 def train(name: str, backend: Backend, start: tuple[Path, int] | None, stop: int, out: Path) -> list[float]:
     """Trains up to `stop`; every rank leaves its part of the steps FIRST, SECOND and LAST. start: a state, and its step."""
-    engine, files = backend.start(new_model(name), OptimizerConfig())
+    engine, files = backend.start(new_model(FUSION[name]), OptimizerConfig())
     state, copy, losses = TrainState(0, EarlyStopping(patience=1)), HostCopy(), []
     if start is not None:
         files.load(state_of(*start))
         state.step = start[1]
     rules = StepRules(lambda batch: batch, lambda batch: pass_keys(batch, 1), lambda step: 2e-3, backend.reduce, 1)
-    for report in train_steps(state, engine, batches(backend, state.step, stop), objective(name, backend), rules):
+    for report in train_steps(state, engine, batches(backend, state.step, stop), objective(FUSION[name], backend.world), rules):
         losses.append(report.loss)
         if report.step in (FIRST, SECOND, LAST):
             folder = out / str(report.step)
