@@ -94,6 +94,9 @@ class Turns:
     def requested(self) -> str | None:
         """Ends the run when all pairs are measured."""
         reason = self.stop.requested
+        if not torch.is_grad_enabled():
+            # Asked between two batches of a validation.
+            return reason
         self._num_steps += 1
         ends_epoch = self._num_steps % self.steps_per_epoch == 0
         if self._since is not None and not ends_epoch:

@@ -43,7 +43,8 @@ from draf_dist.data.prepare import prepare  # noqa: E402
 from draf_dist.data.release import Release  # noqa: E402
 from draf_dist.objectives.pretrain_simclr import SimclrObjective  # noqa: E402
 from draf_dist.schema.batch import Batch  # noqa: E402
-from draf_dist.schema.modality import DataSchema, ImageSpec, LabelSpec  # noqa: E402
+from draf_dist.schema.label import LabelSpec  # noqa: E402
+from draf_dist.schema.modality import DataSchema, ImageSpec  # noqa: E402
 from draf_dist.schema.study import Rejection, Study  # noqa: E402
 from draf_dist.sources.base import SourceCounts  # noqa: E402
 from draf_dist.training.deepspeed_config import DeepSpeedConfig  # noqa: E402

@@ -29,7 +29,7 @@ def stored(release: Release) -> dict[int, tuple[Split, str, str, dict[str, bytes
                 members = {name: index.member(i, name) for name in index.modalities}
                 data = {n: bytes(store.read_range(path, m.offset, m.stop)) for n, m in members.items() if m is not None}
                 assert all(members[n].matches(content) for n, content in data.items())
-                site, label = release.schema.sites[index.sites[i]], release.schema.label.classes[index.labels[i]]
+                site, label = release.schema.sites[index.sites[i]], release.schema.classes[index.labels[i]]
                 assert uid not in found
                 found[uid] = (split, site, label, data)
     return found

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from draf_dist.schema.modality import DataSchema, ImageSpec, LabelSpec, SeriesSpec, TableSpec, VariableSpec
+from draf_dist.schema.label import LabelSpec
+from draf_dist.schema.modality import DataSchema, ImageSpec, SeriesSpec, TableSpec, VariableSpec
 from draf_dist.schema.study import Rejection, Study
 from draf_dist.sources.base import SourceCounts
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from draf_dist import noise
 from draf_dist.models.encoders import EncoderChoice, Image2dConfig, SeriesTransformerConfig, TabularConfig
 from draf_dist.schema.batch import Batch, ClassTarget, ModalityInput, SeriesInput
-from draf_dist.schema.modality import DataSchema, ImageSpec, LabelSpec, SeriesSpec, TableSpec, VariableSpec
+from draf_dist.schema.label import LabelSpec
+from draf_dist.schema.modality import DataSchema, ImageSpec, SeriesSpec, TableSpec, VariableSpec
 from draf_dist.schema.release import ImageStats, ReleaseStats, VariableStats
 
 SMALL_ENCODERS = EncoderChoice(
@@ -60,7 +61,7 @@ def small_batch(schema: DataSchema, rows: int = 8, seed: int = 0) -> Batch:
         severity=torch.zeros(rows, modalities),
         quality=torch.zeros(rows, modalities),
         quality_known=torch.zeros(rows, modalities, dtype=torch.bool),
-        target=ClassTarget(torch.randint(0, schema.num_classes, (rows,), generator=generator), torch.ones(rows, dtype=torch.bool)),
+        target=ClassTarget(torch.randint(0, schema.num_outputs, (rows,), generator=generator), torch.ones(rows, dtype=torch.bool)),
         site=torch.zeros(rows, dtype=torch.int64),
         uid=torch.arange(100, 100 + rows),
         epoch=torch.zeros(rows, dtype=torch.int64),

@@ -121,7 +121,7 @@ def child_release(
 
 
 def _old_studies(base: Base) -> Iterator[StudyRow]:
-    classes = {name: i for i, name in enumerate(base.schema.label.classes)}
+    classes = {name: i for i, name in enumerate(base.schema.classes)}
     columns = base.release.subjects().select(["subject", "site", "label"]).to_pydict()
     for subject, site, label in zip(columns["subject"], columns["site"], columns["label"], strict=True):
         yield StudyRow(subject, site, classes[label])

@@ -12,7 +12,7 @@ from draf_dist.evaluation.scores import Scored, short_scores
 from draf_dist.evaluation.statistics import Estimate, Floats, Resamples, Rows, estimate
 from draf_dist.metrics.calibration import pointwise_negative_log_likelihood
 from draf_dist.metrics.classification import auroc_of_resamples, predicted_class
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 
 # Replicates held in memory at once.
 _CHUNK = 256

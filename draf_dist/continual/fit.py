@@ -76,4 +76,4 @@ def _variable_differences(had: SeriesSpec | TableSpec, has: SeriesSpec | TableSp
 
 
 def _label(schema: DataSchema) -> str:
-    return f"label {schema.label.name} with classes {', '.join(schema.label.classes)}"
+    return f"label {schema.label.name} with {', '.join(schema.label.outputs)}"

@@ -9,7 +9,7 @@ from draf_dist.continual.verdict import Verdict
 from draf_dist.continual.version import CHAMPION
 from draf_dist.protocols.operations import Create, List, Operation, Read, Size, Write, drive
 from draf_dist.protocols.promote import append, follow
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 
 HISTORY = "draf.history"
 

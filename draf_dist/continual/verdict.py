@@ -9,7 +9,7 @@ from draf_dist.continual.comparison import Comparison, Slice
 from draf_dist.continual.policy import GatePolicy
 from draf_dist.continual.power import subjects_needed
 from draf_dist.errors import SpecError, explain
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 
 Decision = Literal["promote", "refuse", "cannot_tell"]
 State = Literal["harmed", "non_inferior", "open"]

@@ -56,11 +56,9 @@ class Frame:
         Raises:
             UndecodableError: a site or label that the schema doesn't have, or a quality outside [0, 1].
         """
-        if meta.site not in self.schema.sites or meta.label not in self.schema.label.classes:
+        if meta.site not in self.schema.sites or meta.label not in self.schema.classes:
             raise UndecodableError("a site or label that is not in schema.json")
-        self.describe_by_index(
-            row, meta.uid, self.schema.sites.index(meta.site), self.schema.label.classes.index(meta.label), epoch
-        )
+        self.describe_by_index(row, meta.uid, self.schema.sites.index(meta.site), self.schema.classes.index(meta.label), epoch)
         for column, name in enumerate(self.schema.names if meta.quality else ()):
             if name in meta.quality:
                 quality = meta.quality[name]

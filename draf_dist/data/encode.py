@@ -138,7 +138,7 @@ def encode_array(array: NDArray[np.uint8] | NDArray[np.float32], spec: ImageSpec
 def _check_names(study: Study, schema: DataSchema) -> None:
     if study.site not in schema.sites:
         raise UnfitError("unknown site", f"expected one of {', '.join(schema.sites)}")
-    if not 0 <= study.label < schema.num_classes:
-        raise UnfitError("unknown label", f"class index {study.label} of {schema.num_classes} classes")
+    if not 0 <= study.label < len(schema.classes):
+        raise UnfitError("unknown label", f"class index {study.label} of {len(schema.classes)} classes")
     if unknown := sorted({*study.inputs, *study.volumes} - set(schema.names)):
         raise UnfitError("unknown modality", f"{', '.join(unknown)} beside {', '.join(schema.names)}")

@@ -186,7 +186,7 @@ def gather(source: Source, spool: Spool, *, subject_key: bytes, limit: float, on
 
 
 def _keep(spool: Spool, study: Study, encoded: EncodedStudy, *, uid: int, subject: str, source: Source) -> Row:
-    label = source.schema.label.classes[study.label]
+    label = source.schema.classes[study.label]
     quality = {name: float(value) for name, value in sorted(study.quality.items()) if name in encoded.present}
     meta = encode_meta(SampleMeta(uid, subject, study.site, label, quality))
     offset, parts = spool.add({**encoded.members, META: meta})

@@ -12,7 +12,8 @@ from draf_dist.data.gather import Row
 from draf_dist.data.receipts import receipt
 from draf_dist.data.release import SUBJECTS_SCHEMA, version_of
 from draf_dist.data.splits import component_of
-from draf_dist.schema.modality import DataSchema, Record
+from draf_dist.schema.modality import DataSchema
+from draf_dist.schema.record import Record
 from draf_dist.schema.release import SPLITS, Quarantine, Receipt, ReleaseManifest, ReleaseStats, Split, TrainingSums
 
 Counts = dict[str, dict[str, dict[str, int]]]
@@ -57,7 +58,7 @@ def subjects_table(rows: Sequence[Row], splits: Mapping[str, Split], schema: Dat
         "split": [splits[component_of(row.subject)] for row in rows],
         "component": [component_of(row.subject) for row in rows],
         "uid": [row.uid for row in rows],
-        "label": [schema.label.classes[row.label] for row in rows],
+        "label": [schema.classes[row.label] for row in rows],
     }
     return pa.table(columns, schema=SUBJECTS_SCHEMA)
 

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from draf_dist.config.spec import canonical_json
 from draf_dist.data.shards import ShardIndex, decode_index
 from draf_dist.errors import DataError, SpecError, explain
-from draf_dist.schema.modality import DataSchema, Record
+from draf_dist.schema.modality import DataSchema
+from draf_dist.schema.record import Record
 from draf_dist.schema.release import Head, Quarantine, ReleaseManifest, ReleaseStats, ShardRecord, Split, TrainingSums
 from draf_dist.storage import MissingError, Store, open_store
 from draf_dist.storage.parquet import read_parquet
@@ -107,7 +108,7 @@ class Release:
             raise ValueError("one of another kind of shard")
         if index.sites is None or index.labels is None or not index.num_samples:
             return index
-        if index.sites.max() >= len(self.schema.sites) or index.labels.max() >= self.schema.num_classes:
+        if index.sites.max() >= len(self.schema.sites) or index.labels.max() >= len(self.schema.classes):
             raise ValueError("a site or label that schema.json does not have")
         return index
 

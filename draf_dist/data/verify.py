@@ -182,7 +182,7 @@ class _Contents:
         schema, where = self._release.schema, self._release.where_tar(shards[0])
         for sample in read_foreign(self._release, shards):
             stem = f"{where}: {uid_name(sample.uid)}"
-            site, label = schema.sites[sample.site], schema.label.classes[sample.label]
+            site, label = schema.sites[sample.site], schema.classes[sample.label]
             self._check_row(sample.uid, _Study("", site, sample.shard.split, label), stem)
             self._check_inputs(sample.shard, sample.uid, sample.members, stem)
 
@@ -222,7 +222,7 @@ class _Contents:
             meta = decode_study(data)
         except UndecodableError as error:
             raise broken(where, "the json of a sample", str(error)) from error
-        if meta.uid != uid or meta.site not in schema.sites or meta.label not in schema.label.classes:
+        if meta.uid != uid or meta.site not in schema.sites or meta.label not in schema.classes:
             raise broken(where, "its uid, and a site and label of schema.json", "others")
         self._check_row(uid, _Study(meta.subject, meta.site, shard.split, meta.label), where)
 

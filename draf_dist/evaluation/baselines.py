@@ -128,7 +128,7 @@ def predict_baseline(model: Classifier, seen: NDArray[np.int64], examples: Examp
 
     It has one answer and no passes: nothing is epistemic, and weights and uncertainties of modalities do not exist.
     """
-    classes, modalities = release.schema.label.classes, release.schema.names
+    classes, modalities = release.schema.classes, release.schema.names
     probability = all_classes(model.predict_proba(examples.features), seen, len(classes))
     variance = probability[:, 1] * (1 - probability[:, 1]) if len(classes) == 2 else 1 - (probability**2).sum(axis=1)
     nothing = np.full((len(probability), len(modalities)), np.nan, dtype=np.float32)
@@ -169,7 +169,7 @@ def summarise_series(values: Floats, observed: NDArray[np.bool_]) -> Floats:
 
 def _examples(batch: Batch, sites: tuple[str, ...]) -> Examples:
     columns = [_features(batch, name) for name in batch.modalities]
-    label = np.where(batch.target.observed.numpy(), batch.target.label.numpy(), -1)
+    label = np.where(batch.classes.observed.numpy(), batch.classes.label.numpy(), -1)
     return Examples(
         features=np.concatenate(columns, axis=1),
         label=label.astype(np.int64),

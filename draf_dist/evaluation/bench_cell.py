@@ -17,7 +17,7 @@ from draf_dist.evaluation.predict import Predictor, check_coverage
 from draf_dist.evaluation.predictions import Predictions, file_name, read_predictions, write_predictions
 from draf_dist.evaluation.subject import open_subject
 from draf_dist.metrics.temperature import Temperature, fit_temperature
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 from draf_dist.schema.release import Split
 from draf_dist.storage import Store, open_store
 from draf_dist.training.job import FinetuneJob

@@ -4,7 +4,7 @@ from typing import Literal
 
 from draf_dist.evaluation.bench_folds import Fold
 from draf_dist.evaluation.results import Floor, Metrics
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 
 
 class Row(Record):

@@ -195,7 +195,7 @@ def _about(subject: Subject, job: EvaluateJob) -> About:
         weights_sha256=subject.weights_sha256,
         modalities=schema.names,
         label=schema.label.name,
-        classes=schema.label.classes,
+        classes=schema.classes,
         settings=job,
     )
 

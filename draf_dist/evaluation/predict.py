@@ -61,15 +61,15 @@ class Predictor:
         by_pass = output.logits.double().softmax(-1)
         parts = decompose(by_pass)
         absent = ~batch.present
-        known = batch.target.observed
+        known = batch.classes.observed
         return Predictions(
             modalities=batch.modalities,
-            classes=self.schema.label.classes,
+            classes=self.schema.classes,
             split=split,
             applied=applied,
             uid=_int64(batch.uid),
             site=np.array(self.schema.sites, dtype=np.str_)[_int64(batch.site)],
-            target=_int64(torch.where(known, batch.target.label, -1)),
+            target=_int64(torch.where(known, batch.classes.label, -1)),
             probability=_floats(by_pass.mean(0)),
             epistemic=_floats(parts["epistemic"]),
             aleatoric=_floats(parts["aleatoric"]),

@@ -5,7 +5,7 @@ from typing import Literal
 from draf_dist.evaluation.job import EvaluateJob
 from draf_dist.evaluation.statistics import Estimate
 from draf_dist.metrics.temperature import Temperature
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 
 Metrics = dict[str, Estimate]
 Curve = tuple[float | None, ...]

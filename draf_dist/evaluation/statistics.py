@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]

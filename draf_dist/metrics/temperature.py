@@ -5,7 +5,7 @@ from scipy.optimize import brentq
 
 from draf_dist.metrics.calibration import SMALLEST_PROBABILITY, negative_log_likelihood
 from draf_dist.metrics.classification import Floats, Integers
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 
 LOWEST, HIGHEST = 0.05, 20.0
 

@@ -1,6 +1,7 @@
 """The model card: what a reader of model/ should know before using it."""
 
 from draf_dist.models.fusion import FusionConfig
+from draf_dist.schema.label import MultiLabelSpec, SegmentationSpec, SurvivalSpec, TaskSpec
 from draf_dist.schema.modality import DataSchema, ModalitySpec
 
 _LABELS = {
@@ -16,7 +17,7 @@ def model_card(config: FusionConfig, schema: DataSchema, num_parameters: int) ->
     modalities = "\n".join(f"| {spec.name} | {spec.kind} | {_size(spec)} |" for spec in schema.modalities)
     return f"""# {_LABELS[config.kind]}: {schema.label.name}
 
-- Predicts **{schema.label.name}** as one of: {", ".join(schema.label.classes)}.
+- Predicts **{schema.label.name}** {_asked(schema.label)}: {", ".join(schema.label.outputs)}.
 - {num_parameters:,} parameters. Trained on {len(schema.sites)} site(s): {", ".join(schema.sites)}.
 - Any modality may be absent; at least one must be present.
 
@@ -33,6 +34,17 @@ hold no code and no pickle. Figures of merit, calibration and robustness stand i
 For research. Not a medical device, and not evaluated at sites other than those of its report. Weights of modalities say what the
 model relied on, not what caused the outcome. Probabilities need temperature scaling on data of the place of use.
 """
+
+
+def _asked(task: TaskSpec) -> str:
+    match task:
+        case MultiLabelSpec():
+            return "as any of"
+        case SurvivalSpec():
+            return "by the hazard of each interval"
+        case SegmentationSpec():
+            return f"in every voxel of {task.modality} as one of"
+    return "as one of"
 
 
 def _size(spec: ModalitySpec) -> str:

@@ -12,7 +12,8 @@ from draf_dist.config.spec import canonical_json
 from draf_dist.errors import SpecError, explain, together
 from draf_dist.models.encoders import EncoderConfig
 from draf_dist.models.exchange import check_digest, digest, fill, require_files, unreadable, weights_of
-from draf_dist.schema.modality import ImageSpec, ModalitySpec, Record, SeriesSpec, VolumeSpec
+from draf_dist.schema.modality import ImageSpec, ModalitySpec, SeriesSpec, VolumeSpec
+from draf_dist.schema.record import Record
 from draf_dist.schema.release import ReleaseStats
 
 ENCODER_WEIGHTS, ENCODER_DESCRIPTION, ENCODER_STATS, ENCODER_CARD = "encoder.safetensors", "encoder.json", "stats.json", "README.md"

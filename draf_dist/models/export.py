@@ -15,7 +15,8 @@ from draf_dist.models.build import build_model
 from draf_dist.models.card import model_card
 from draf_dist.models.exchange import check_digest, digest, fill, require_files, unreadable, weights_of
 from draf_dist.models.fusion import FusionConfig
-from draf_dist.schema.modality import DataSchema, Record
+from draf_dist.schema.modality import DataSchema
+from draf_dist.schema.record import Record
 from draf_dist.schema.release import ReleaseStats
 
 WEIGHTS, DESCRIPTION, STATS, CARD = "model.safetensors", "model.json", "stats.json", "README.md"

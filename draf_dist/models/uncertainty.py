@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 UncertaintyName = Literal["epistemic", "aleatoric", "total", "entropy", "mi"]
@@ -45,18 +44,6 @@ def logit_variance(logits: Tensor) -> Tensor:
     """
     centred = logits[..., 1:] - logits[..., :1] if logits.shape[-1] == 2 else logits - logits.mean(-1, keepdim=True)
     return (centred - centred.mean(0)).square().mean(0).sum(-1)
-
-
-def uncertainty_in(space: UncertaintySpace, name: UncertaintyName, logits: Tensor, log_prevalence: Tensor) -> Tensor:
-    """One uncertainty of logits (S, ..., K) in one space.
-
-    `prior_shifted` takes the log prevalence (K,) of the classes off the logits first, so that U is large where the modality
-    has no evidence rather than where the risk is high (findings 1). `logit` has the epistemic variance only.
-    """
-    if space == "logit":
-        return logit_variance(logits)
-    shifted = logits - log_prevalence if space == "prior_shifted" else logits
-    return decompose(torch.softmax(shifted, dim=-1))[name]
 
 
 def _log(probability: Tensor) -> Tensor:

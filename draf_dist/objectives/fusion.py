@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from draf_dist.config.spec import Spec
 from draf_dist.errors import SpecError, explain
 from draf_dist.losses.acd import acd
-from draf_dist.losses.cross_entropy import cross_entropy, unimodal_cross_entropy
+from draf_dist.losses.task import task_loss, unimodal_task_loss
 from draf_dist.schema.batch import Batch, FusionOutput, Term
 
 
@@ -28,6 +28,8 @@ class FusionObjectiveConfig(Spec):
 
 class FusionObjective:
     """Terms of one batch by name: task, acd, unimodal, and whatever the model adds; Term.scale holds the lambda.
+
+    signal_...: how the model's mechanism is doing, of scale 0.
 
     A term of lambda 0 stays in: every parameter must be reached by some loss on every rank (rule D2).
     """
@@ -49,11 +51,17 @@ class FusionObjective:
 
     def terms(self, output: FusionOutput, batch: Batch) -> dict[str, Term]:
         """The terms of an output that is already there."""
-        terms = {"task": cross_entropy(output.logits, batch.target, batch.weight)}
+        terms = {"task": task_loss(output.logits, batch.target, batch.weight)}
         if output.corruption_logits is not None:
             term = acd(output.corruption_logits, batch.corrupted, batch.present, batch.weight)
             terms["acd"] = replace(term, scale=self.config.lambda_acd)
         if output.modality_logits is not None:
-            term = unimodal_cross_entropy(output.modality_logits, batch.target, batch.present, batch.weight)
+            term = unimodal_task_loss(output.modality_logits, batch.target, batch.present, batch.weight)
             terms["unimodal"] = replace(term, scale=self.config.lambda_uni)
-        return terms | output.terms
+        signals = {f"signal_{name}": _mean(values, batch.weight) for name, values in output.signals.items()}
+        return terms | output.terms | signals
+
+
+def _mean(values: Tensor, weight: Tensor) -> Term:
+    """A number that is logged and trains nothing."""
+    return Term(numerator=(weight * values.detach()).sum(), weight=weight.sum(), scale=0.0)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from draf_dist import noise
 from draf_dist.augment import ViewsConfig
 from draf_dist.config.spec import Spec
-from draf_dist.losses.cross_entropy import cross_entropy
 from draf_dist.losses.gather import Embeddings, Gather, one_process
 from draf_dist.losses.nt_xent import nt_xent
+from draf_dist.losses.task import task_loss
 from draf_dist.models.contrastive import ContrastiveNet, ContrastiveOutput
 from draf_dist.models.encoders import EncoderConfig
 from draf_dist.objectives.pretrain_modality import encoder_config, modality_of, not_readable
@@ -127,7 +127,7 @@ class SimclrObjective:
 
 def _of_both_views(logits: Tensor, target: ClassTarget, scale: float) -> Term:
     """The mean cross-entropy of logits (2, B, K)."""
-    term = cross_entropy(logits, target, target.observed.to(logits.dtype))
+    term = task_loss(logits, target, target.observed.to(logits.dtype))
     return Term(term.numerator, term.weight, scale)
 
 

@@ -24,7 +24,7 @@ from draf_dist.protocols.names import (
     parse_checkpoint,
 )
 from draf_dist.protocols.operations import Create, List, Read, Size, Steps, Write
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 
 
 class SupersededError(GateError):

@@ -34,7 +34,7 @@ from draf_dist.protocols.names import (
     part_file,
 )
 from draf_dist.protocols.operations import Create, Delete, FileRecord, Inspect, List, Read, Steps, Wait, Write
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 
 FIRST_LOOK_S, LONGEST_LOOK_S = 0.05, 1.0
 

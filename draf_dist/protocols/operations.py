@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 from draf_dist.storage import MissingError, Store
 
 # What is read at once of a file whose digest is taken.

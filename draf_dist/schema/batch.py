@@ -6,7 +6,7 @@ S posterior samples, Z features.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,48 @@ class ClassTarget:
     observed: Tensor
 
 
+@dataclass(frozen=True)
+class MultiLabelTarget:
+    """label, observed: bool (B, K); where a label was not observed it is False."""
+
+    label: Tensor
+    observed: Tensor
+
+
+@dataclass(frozen=True)
+class SurvivalTarget:
+    """When something happened, or until when it had not.
+
+    time: f32 (B,), of the event or of the last time seen. event: bool (B,), False where censored. interval: int64 (B,) in
+    [0, K), in which the time lies. observed: bool (B,), False where nothing is known (then all else is 0).
+    """
+
+    time: Tensor
+    event: Tensor
+    interval: Tensor
+    observed: Tensor
+
+
+@dataclass(frozen=True)
+class SegmentationTarget:
+    """mask: int64 (B, D, H, W) or (B, H, W) in [0, K), of the part of the image that was delivered; observed: bool (B,)."""
+
+    mask: Tensor
+    observed: Tensor
+
+
+Target = ClassTarget | MultiLabelTarget | SurvivalTarget | SegmentationTarget
 ModalityInput = Tensor | SeriesInput
+_Tensors = TypeVar("_Tensors", bound=SeriesInput | Target)
+
+
+def hide(target: Target, kept: Tensor) -> Target:
+    """The target with nothing observed, and 0 throughout, in the rows that are not kept, bool (B,)."""
+
+    def cleared(values: Tensor) -> Tensor:
+        return torch.where(kept.view(-1, *[1] * (values.dim() - 1)), values, torch.zeros_like(values))
+
+    return _each(target, cleared)
 
 
 @dataclass(frozen=True)
@@ -52,11 +93,22 @@ class Batch:
     severity: Tensor
     quality: Tensor
     quality_known: Tensor
-    target: ClassTarget
+    target: Target
     site: Tensor
     uid: Tensor
     epoch: Tensor
     weight: Tensor
+
+    @property
+    def classes(self) -> ClassTarget:
+        """The target, for what is there for class labels alone.
+
+        Raises:
+            TypeError: the target is another one; what reads a release asks DataSchema.classes first, which says it to the user.
+        """
+        if not isinstance(self.target, ClassTarget):
+            raise TypeError(f"expected a ClassTarget, found {type(self.target).__name__}")
+        return self.target
 
     @property
     def num_rows(self) -> int:
@@ -82,11 +134,14 @@ def _map(value: object, function: Callable[[Tensor], Tensor]) -> object:
         return function(value)
     if isinstance(value, dict):
         return {name: _map(item, function) for name, item in value.items()}
-    if isinstance(value, SeriesInput):
-        return SeriesInput(function(value.values), function(value.observed), function(value.length))
-    if isinstance(value, ClassTarget):
-        return ClassTarget(function(value.label), function(value.observed))
+    if isinstance(value, SeriesInput | Target):
+        return _each(value, function)
     raise TypeError(f"a batch holds tensors, found {type(value).__name__}")
+
+
+def _each(value: _Tensors, function: Callable[[Tensor], Tensor]) -> _Tensors:
+    changed: dict[str, Any] = {part.name: function(getattr(value, part.name)) for part in fields(value)}
+    return replace(value, **changed)
 
 
 @dataclass(frozen=True)
@@ -107,7 +162,9 @@ class FusionOutput:
 
     logits: f32 (S, B, K). reliability: f32 (B, M), sums to 1 over present, exactly 0 where absent. uncertainty: name -> f32 (B, M).
     corruption_logits: f32 (B, M), or None for a model without a corruption head. features: f32 (B, M, Z), 0 where absent.
-    modality_logits: f32 (S, B, M, K), or None for a model without unimodal heads. terms: extra losses by name.
+    modality_logits: f32 (S, B, M, K), or None for a model without unimodal heads. terms: extra losses by name. parts: name ->
+    (B, ...), what an objective of the model's own looks at. signals: name -> f32 (B,) without gradient, how the model's mechanism
+    is doing; their means are logged.
     """
 
     logits: Tensor
@@ -117,3 +174,5 @@ class FusionOutput:
     corruption_logits: Tensor | None = None
     modality_logits: Tensor | None = None
     terms: dict[str, Term] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    signals: dict[str, Tensor] = field(default_factory=dict)

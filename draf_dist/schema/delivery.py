@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, AwareDatetime, Field, field_serializer, model_validator
 
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 
 DELIVERY_FILE = "delivery.json"
 # Bounds of what is read on a hospital's word: no number in the file may make a program allocate or loop without end.

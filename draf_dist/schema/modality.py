@@ -1,14 +1,12 @@
-"""What a release holds: modalities in axis order, their variables, the label."""
+"""What a release holds: modalities in axis order, their variables, what it asks of a model."""
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Record(BaseModel):
-    """Base of everything that is stored as JSON: immutable, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from draf_dist.errors import SpecError, explain
+from draf_dist.schema.label import LabelSpec, TaskSpec
+from draf_dist.schema.record import Record
 
 
 class VariableSpec(Record):
@@ -107,18 +105,11 @@ class TableSpec(Record):
 ModalitySpec = Annotated[ImageSpec | VolumeSpec | SeriesSpec | TableSpec, Field(discriminator="kind")]
 
 
-class LabelSpec(Record):
-    """The class label: names in index order; K = len(classes) >= 2."""
-
-    name: str
-    classes: tuple[str, ...] = Field(min_length=2)
-
-
 class DataSchema(Record):
     """schema.json of a release. Axis M of every (B, M) tensor follows `modalities`; Batch.site indexes `sites`."""
 
     modalities: tuple[ModalitySpec, ...] = Field(min_length=1)
-    label: LabelSpec
+    label: TaskSpec
     sites: tuple[str, ...]
 
     @property
@@ -127,6 +118,18 @@ class DataSchema(Record):
         return tuple(spec.name for spec in self.modalities)
 
     @property
-    def num_classes(self) -> int:
-        """K."""
-        return len(self.label.classes)
+    def num_outputs(self) -> int:
+        """K: logits that a model gives a study (of a mask: a voxel)."""
+        return len(self.label.outputs)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of a class label, for what is there for these alone.
+
+        Raises:
+            SpecError: the release asks for something else.
+        """
+        if not isinstance(self.label, LabelSpec):
+            remedy = "This part of the program reads class labels only."
+            raise SpecError(explain(f"label {self.label.name}", expected="classes", found=self.label.kind, remedy=remedy))
+        return self.label.classes

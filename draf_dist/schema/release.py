@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 
 Split = Literal["train", "val", "test", "ood"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test", "ood")

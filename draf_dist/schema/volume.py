@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from draf_dist.schema.modality import Record, Side
+from draf_dist.schema.modality import Side
+from draf_dist.schema.record import Record
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Shape = tuple[Annotated[int, Field(ge=1, le=64)], Side, Side, Side]

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from draf_dist.config.spec import fingerprint
-from draf_dist.schema.modality import DataSchema, ImageSpec, LabelSpec, ModalitySpec, SeriesSpec, TableSpec, VariableSpec
+from draf_dist.schema.label import LabelSpec
+from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, SeriesSpec, TableSpec, VariableSpec
 from draf_dist.sources.card_parts import CardPart as CardPart
 from draf_dist.sources.card_parts import Name as Name
 from draf_dist.sources.card_parts import SiteName as SiteName

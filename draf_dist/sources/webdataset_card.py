@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 
 from draf_dist.config.spec import fingerprint
 from draf_dist.errors import SpecError, explain
-from draf_dist.schema.modality import DataSchema, ImageSpec, LabelSpec, SeriesSpec, TableSpec, VariableSpec
+from draf_dist.schema.label import LabelSpec
+from draf_dist.schema.modality import DataSchema, ImageSpec, SeriesSpec, TableSpec, VariableSpec
 from draf_dist.sources.card_model import CardPart, Code, Licence, Name, SiteName, Split
 
 # Last parts of the extensions that can be decoded; everything else, pickles above all, can't be named as an input.

@@ -18,7 +18,7 @@ from draf_dist.models.calibration import calibrate, set_prevalence
 from draf_dist.models.export import model_files
 from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.objectives.fusion import FusionObjective
-from draf_dist.schema.batch import Batch
+from draf_dist.schema.batch import Batch, hide
 from draf_dist.schema.release import ReleaseStats
 from draf_dist.training.backend import Backend
 from draf_dist.training.job import FinetuneJob
@@ -95,8 +95,7 @@ class Finetuning:
         """The batch with the labels that `label_fraction` lets it have; what is hidden reads 0."""
         if self.job.label_fraction == 1:
             return batch
-        observed = batch.target.observed & has_label(self.job, batch.uid)
-        return replace(batch, target=replace(batch.target, label=torch.where(observed, batch.target.label, 0), observed=observed))
+        return replace(batch, target=hide(batch.target, has_label(self.job, batch.uid)))
 
     def validation(self, backend: Backend) -> SplitLoader:
         """This rank's part of the validation split."""
@@ -169,7 +168,7 @@ def class_counts(job: FinetuneJob, release: Release) -> Tensor:
     """
     table = release.subjects()
     train = [row for row, split in enumerate(table["split"].to_pylist()) if split == "train"]
-    labels, classes = table["label"].to_pylist(), release.schema.label.classes
+    labels, classes = table["label"].to_pylist(), release.schema.classes
     if strange := sorted({labels[row] for row in train} - set(classes)):
         found = f"{len(strange)} others"
         raise DataError(explain("subjects.parquet: label", expected=", ".join(classes), found=found, remedy="Prepare again."))

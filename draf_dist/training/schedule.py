@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 
 
 @dataclass(frozen=True)

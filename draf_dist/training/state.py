@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 from draf_dist.training.job import FinetuneJob, Replay, TrainJob
 from draf_dist.training.schedule import EarlyStopping
 

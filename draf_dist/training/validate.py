@@ -98,5 +98,5 @@ def validate(
 def _log_probability_of_known(module: nn.Module, batch: Batch, passes: int) -> tuple[Tensor, Tensor]:
     """Log probabilities f64 (n, K) and labels int64 (n,) of the rows whose label counts."""
     log_probability = log_prediction(module(batch, evaluation_keys(batch, passes)).logits)
-    known = batch.target.observed & (batch.weight > 0)
-    return log_probability[known].double(), batch.target.label[known]
+    known = batch.classes.observed & (batch.weight > 0)
+    return log_probability[known].double(), batch.classes.label[known]

@@ -3,7 +3,7 @@
 from statistics import median
 
 from draf_dist.errors import DrafError, explain
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 from draf_dist.tuning.campaign_job import CampaignJob
 from draf_dist.tuning.point import epochs_at
 from draf_dist.tuning.records import TrialRecord

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 from draf_dist.tuning.campaign_job import Value
 
 State = Literal["finished", "stopped", "failed"]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from draf_dist.schema.modality import Record
+from draf_dist.schema.record import Record
 from draf_dist.tuning.campaign_job import CampaignJob, Stopping
 from draf_dist.tuning.point import max_epochs as most_epochs
 

@@ -1,43 +1,36 @@
 """What every fusion model must hold: a new member of the union inherits these tests by standing in it."""
 
-from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
+from fusion_members import MEMBERS, SMALL, Member
 from model_inputs import SMALL_ENCODERS, pass_keys, small_batch, small_schema, small_stats, with_absent_slots
 from torch import Tensor, nn
 
 from draf_dist.errors import SpecError
 from draf_dist.models.build import build_model
 from draf_dist.models.export import load_model, save_model
-from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.draf import DrafConfig
-from draf_dist.models.fusion.late_mean import LateMeanConfig
+from draf_dist.models.fusion.mean import MeanConfig
 from draf_dist.models.mc import MCDropout
-from draf_dist.objectives.fusion import FusionObjectiveConfig
 from draf_dist.schema.batch import Batch, FusionOutput
 
-MEMBERS = get_args(get_args(FusionConfig)[0])
-READINGS: list[dict[str, Any]] = [
-    {"uni_head": "shared", "predict": "mean_feature"},
-    {"uncertainty": "mi", "presence_bits": True, "acd_gate": 0.5, "modality_prior": True},
-    {"uncertainty": "entropy", "u_space": "prior_shifted", "reliability_alpha": 16.0, "detach_r": False},
-    {"u_space": "logit", "alpha_mode": "scaled", "kappa": 2.0},
-    {"reliability": "inverse", "uncertainty": "total", "detach_r": False},
-    {"reliability": "learned", "uncertainty": "aleatoric"},
-    {"u_ema": 0.9, "reliability_alpha": 64.0},
-]
-CONFIGS = [member(width=8, encoders=SMALL_ENCODERS) for member in MEMBERS]
-CONFIGS += [member(width=8, encoders=SMALL_ENCODERS, presence_bits=True) for member in MEMBERS]
-CONFIGS += [DrafConfig(width=8, encoders=SMALL_ENCODERS, **reading) for reading in READINGS]
-CONFIGS += [LateMeanConfig(width=8, encoders=SMALL_ENCODERS, combine="vote")]
-
+CONFIGS = [(member, config) for member in SMALL.values() for config in member.configs]
 SCHEMA = small_schema(num_classes=3)
-every_config = pytest.mark.parametrize(
-    "config", CONFIGS, ids=lambda c: c.kind + str(c.model_dump(exclude_defaults=True, exclude={"encoders", "width"}))
-)
+every_config = pytest.mark.parametrize("config", [config for _, config in CONFIGS], ids=lambda c: name_of(c))
+every_member = pytest.mark.parametrize(("member", "config"), CONFIGS, ids=lambda value: name_of(value))
+
+
+def name_of(value: Any) -> str:
+    if isinstance(value, Member):
+        return value.config.kind
+    return value.kind + str(value.model_dump(exclude_defaults=True, exclude={"encoders", "width"}))
+
+
+def test_the_contract_is_asked_of_every_model() -> None:
+    assert set(SMALL) == {member.model_fields["kind"].default for member in MEMBERS}
 
 
 def ready(config: Any, *, training: bool = False) -> nn.Module:
@@ -50,15 +43,13 @@ def ready(config: Any, *, training: bool = False) -> nn.Module:
     return model.train(training)
 
 
-def loss_of(model: nn.Module, batch: Batch, keys: Tensor) -> Tensor:
-    terms = FusionObjectiveConfig(lambda_acd=0.5).build()(model, batch, keys)
-    return sum((term.scale * term.numerator / term.weight for term in terms.values()), torch.zeros(()))
-
-
-def gradients_of(model: nn.Module, batch: Batch, keys: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss_of(model, batch, keys).backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+def gradients_of(config: Any, batch: Batch, keys: Tensor, *, training: bool = False) -> dict[str, Tensor]:
+    """Of what the model is trained with, coupled terms among it."""
+    model = ready(config, training=training)
+    terms = SMALL[config.kind].objective(model, batch, keys)
+    loss = sum((term.scale * term.numerator / term.weight.clamp_min(1) for term in terms.values()), torch.zeros(()))
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def tensors_of(output: FusionOutput) -> dict[str, Tensor]:
@@ -89,7 +80,7 @@ def test_what_an_absent_slot_holds_changes_neither_outputs_nor_gradients(config:
     keys = pass_keys(batch)
     other = with_absent_slots(batch, filler)
     assert_same(tensors_of(ready(config)(batch, keys)), tensors_of(ready(config)(other, keys)))
-    assert_same(gradients_of(ready(config), batch, keys), gradients_of(ready(config), other, keys))
+    assert_same(gradients_of(config, batch, keys), gradients_of(config, other, keys))
 
 
 @every_config
@@ -104,13 +95,13 @@ def test_weights_sum_to_one_over_present_and_are_zero_on_absent(config: Any) -> 
     assert (output.features[~batch.present] == 0).all()
 
 
-@every_config
-def test_shapes_are_those_of_the_contract(config: Any) -> None:
+@every_member
+def test_shapes_are_those_of_the_contract(member: Member, config: Any) -> None:
     batch = small_batch(SCHEMA, rows=5)
     output = ready(config)(batch, pass_keys(batch, passes=3))
     assert output.logits.shape == (3, 5, 3)
     assert output.reliability.shape == (5, 3)
-    assert output.features.shape == (5, 3, 8)
+    assert output.features.shape == (5, 3, member.width)
     assert all(value.shape == (5, 3) for value in output.uncertainty.values())
     assert output.corruption_logits is None or output.corruption_logits.shape == (5, 3)
     assert output.modality_logits is None or output.modality_logits.shape == (3, 5, 3, 3)
@@ -126,8 +117,8 @@ def test_padding_rows_change_neither_the_loss_nor_gradients(config: Any) -> None
         present=torch.where((torch.arange(8) < 5).unsqueeze(1), batch.present, torch.tensor([True, False, False])),
     )
     keys = pass_keys(padded)
-    whole = gradients_of(ready(config, training=True), padded, keys)
-    alone = gradients_of(ready(config, training=True), padded.rows(0, 5), keys[:, :5])
+    whole = gradients_of(config, padded, keys, training=True)
+    alone = gradients_of(config, padded.rows(0, 5), keys[:, :5], training=True)
     assert_same(whole, alone, tolerance=2e-6)
 
 
@@ -166,38 +157,42 @@ def test_passes_without_gradients_equal_those_with(config: Any) -> None:
 @every_config
 def test_every_parameter_receives_a_gradient(config: Any) -> None:
     batch = small_batch(SCHEMA)
-    model = ready(config, training=True)
-    gradients = gradients_of(model, batch, pass_keys(batch))
-    assert gradients.keys() == {name for name, _ in model.named_parameters()}
+    gradients = gradients_of(config, batch, pass_keys(batch), training=True)
+    assert gradients.keys() == {name for name, _ in ready(config).named_parameters()}
     idle = [name for name, gradient in gradients.items() if not gradient.any()]
     assert not idle
 
 
-@every_config
-def test_equal_keys_give_equal_bits_and_other_keys_another_draw(config: Any) -> None:
+@every_member
+def test_equal_keys_give_equal_bits_and_other_keys_another_draw(member: Member, config: Any) -> None:
     batch = small_batch(SCHEMA)
     model = ready(config)
     first, again = (tensors_of(model(batch, pass_keys(batch))) for _ in range(2))
     assert_same(first, again)
     other = tensors_of(model(batch, pass_keys(batch, seed=1)))
-    assert not torch.equal(first["features"], other["features"])
+    assert any(not torch.equal(first[name], other[name]) for name in first) is member.samples
 
 
-@every_config
-def test_dropout_is_on_in_evaluation_too(config: Any) -> None:
+@every_member
+def test_passes_differ_in_evaluation_as_in_training(member: Member, config: Any) -> None:
     batch = replace(small_batch(SCHEMA), present=torch.ones(8, 3, dtype=torch.bool))
     model = ready(config).eval()
-    features = model.backbones(batch, pass_keys(batch, passes=2))
-    for axis, name in enumerate(SCHEMA.names):
-        assert not torch.equal(features[0, :, axis], features[1, :, axis]), name
-    assert torch.equal(features, model.train().backbones(batch, pass_keys(batch, passes=2)))
+    logits = model(batch, pass_keys(batch, passes=2)).logits
+    assert torch.equal(logits[0], logits[1]) is not (member.samples and varies(config))
+    if member.samples:
+        assert torch.equal(logits, model.train()(batch, pass_keys(batch, passes=2)).logits) or getattr(config, "u_ema", None)
 
 
-@every_config
-def test_every_dropout_has_a_stream_of_its_own_and_none_is_torchs(config: Any) -> None:
+def varies(config: Any) -> bool:
+    """Literal readings give one point prediction."""
+    return getattr(config, "predict", "mc") == "mc" and getattr(config, "combine", "mean") != "vote"
+
+
+@every_member
+def test_every_dropout_has_a_stream_of_its_own_and_none_is_torchs(member: Member, config: Any) -> None:
     modules = list(ready(config).modules())
     streams = [module.stream for module in modules if isinstance(module, MCDropout)]
-    assert len(streams) == len(set(streams)) > 0
+    assert len(streams) == len(set(streams)) >= int(member.samples)
     forbidden = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase, nn.modules.batchnorm._BatchNorm)
     assert not [module for module in modules if isinstance(module, forbidden)]
 
@@ -224,13 +219,13 @@ def test_starting_parameters_follow_from_the_seed_alone(config: Any) -> None:
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("member", SMALL.values(), ids=name_of)
 @pytest.mark.parametrize("bits", [False, True])
-def test_presence_bits_do_nothing_at_the_start_and_something_once_learned(member: Callable[..., Any], bits: bool) -> None:
+def test_presence_bits_do_nothing_at_the_start_and_something_once_learned(member: Member, bits: bool) -> None:
     batch = small_batch(SCHEMA)
     keys = pass_keys(batch)
-    model = build_model(member(width=8, encoders=SMALL_ENCODERS, presence_bits=bits), SCHEMA, seed=3)
-    plain = build_model(member(width=8, encoders=SMALL_ENCODERS), SCHEMA, seed=3)
+    model = build_model(member.config.model_copy(update={"presence_bits": bits}), SCHEMA, seed=3)
+    plain = build_model(member.config, SCHEMA, seed=3)
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
     assert (len(missing), unexpected) == (int(bits), [])
     assert torch.equal(model(batch, keys).logits, plain(batch, keys).logits)
@@ -258,7 +253,7 @@ def test_draf_without_dropout_is_refused_but_a_deterministic_mean_is_not() -> No
     choice = SMALL_ENCODERS.model_copy(update={"table": table})
     with pytest.raises(SpecError, match="encoder of labs: expected MC dropout, found none"):
         DrafConfig(encoders=choice).build(SCHEMA)
-    build_model(next(m for m in MEMBERS if m().kind == "mean")(encoders=choice), SCHEMA, seed=0)
+    build_model(MeanConfig(encoders=choice), SCHEMA, seed=0)
 
 
 def test_a_dropout_too_small_to_ever_act_is_refused_at_the_start() -> None:

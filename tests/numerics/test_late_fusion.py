@@ -10,11 +10,14 @@ from torch.nn import functional
 
 from draf_dist.models.build import build_model
 from draf_dist.models.fusion.late_mean import LateMean, LateMeanConfig, mean_probability, vote_probability, vote_share
+from draf_dist.models.link import Link
 
 P = torch.tensor([[[0.6, 0.4], [0.45, 0.55], [0.3, 0.7]]], dtype=torch.float64)
 ALL = torch.ones(1, 3, dtype=torch.bool)
 SCHEMA = small_schema()
 BATCH = small_batch(SCHEMA)
+
+CLASSES = Link(exclusive=True)
 
 
 def late(**options: Any) -> LateMean:
@@ -25,16 +28,16 @@ def late(**options: Any) -> LateMean:
 
 def test_mean_and_votes_are_those_of_the_spec() -> None:
     assert mean_probability(P, ALL)[0].tolist() == pytest.approx([0.45, 0.55], abs=1e-7)
-    share = vote_share(P, ALL)[0]
+    share = vote_share(P, ALL, CLASSES)[0]
     assert share.argmax() == 1
     assert share[1].item() == pytest.approx(2 / 3, abs=1e-7)
-    assert vote_probability(P, ALL)[0, 1].item() == pytest.approx(2 / 3, abs=1e-4)
+    assert vote_probability(P, ALL, CLASSES)[0, 1].item() == pytest.approx(2 / 3, abs=1e-4)
 
 
 def test_absent_modalities_have_no_vote_and_no_part_in_the_mean() -> None:
     present = torch.tensor([[True, False, True]])
     assert mean_probability(P, present)[0].tolist() == pytest.approx([0.45, 0.55])
-    assert vote_share(P, present)[0].tolist() == pytest.approx([0.5, 0.5])
+    assert vote_share(P, present, CLASSES)[0].tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_two_that_disagree_are_decided_by_the_mean() -> None:
@@ -43,7 +46,7 @@ def test_two_that_disagree_are_decided_by_the_mean() -> None:
     pairs = torch.stack([torch.stack([1 - p, p], dim=-1) for p in (first, second)], dim=1)
     disagree = (first > 0.5) != (second > 0.5)
     both = torch.ones(200, 2, dtype=torch.bool)
-    by_vote, by_mean = vote_probability(pairs, both).argmax(-1), mean_probability(pairs, both).argmax(-1)
+    by_vote, by_mean = vote_probability(pairs, both, CLASSES).argmax(-1), mean_probability(pairs, both).argmax(-1)
     assert disagree.any()
     assert torch.equal(by_vote[disagree], by_mean[disagree])
 

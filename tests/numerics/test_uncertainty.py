@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 
-from draf_dist.models.uncertainty import decompose, entropy, logit_variance, uncertainty_in
+from draf_dist.models.link import Link
+from draf_dist.models.uncertainty import decompose, entropy, logit_variance
 
 CLOSE = {"abs": 1e-7}
+
+CLASSES = Link(exclusive=True)
 
 
 def binary(*class_one: float) -> torch.Tensor:
@@ -88,8 +91,8 @@ def test_prior_shift_makes_a_modality_without_evidence_the_least_certain() -> No
     prevalence = torch.tensor([0.9, 0.1], dtype=torch.float64).log()
     no_evidence, alarm = prevalence.expand(2, 2), torch.zeros(2, 2, dtype=torch.float64)
     logits = torch.stack([no_evidence, alarm], dim=1)
-    plain = uncertainty_in("probability", "entropy", logits, prevalence)
-    shifted = uncertainty_in("prior_shifted", "entropy", logits, prevalence)
+    plain = CLASSES.uncertainty("probability", "entropy", logits, prevalence)
+    shifted = CLASSES.uncertainty("prior_shifted", "entropy", logits, prevalence)
     assert plain[1] > plain[0]
     assert shifted[0] > shifted[1]
     assert shifted[0].item() == pytest.approx(math.log(2))

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from draf_dist.models.build import build_model
 from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.objectives.fusion import FusionObjectiveConfig
-from draf_dist.schema.modality import DataSchema, ImageSpec, LabelSpec, SeriesSpec, VariableSpec
+from draf_dist.schema.label import LabelSpec
+from draf_dist.schema.modality import DataSchema, ImageSpec, SeriesSpec, VariableSpec
 from draf_dist.training.activation_checkpointing import checkpoint_activations
 
 # An image and a day of vital signs, in the sizes of jobs/finetune_synth.yaml; encoders as they are by default.

@@ -26,7 +26,8 @@ from draf_dist.data.corruption.missing import find_offset
 from draf_dist.data.normalise import Normaliser
 from draf_dist.errors import DataError, SpecError
 from draf_dist.schema.batch import Batch, ClassTarget, SeriesInput
-from draf_dist.schema.modality import DataSchema, ImageSpec, LabelSpec, SeriesSpec, TableSpec, VariableSpec
+from draf_dist.schema.label import LabelSpec
+from draf_dist.schema.modality import DataSchema, ImageSpec, SeriesSpec, TableSpec, VariableSpec
 from draf_dist.schema.release import ImageStats, ReleaseStats, VariableStats
 
 SEED = 7

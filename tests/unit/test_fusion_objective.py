@@ -8,7 +8,7 @@ import torch
 from model_inputs import SMALL_ENCODERS, pass_keys, small_batch, small_schema
 
 from draf_dist.errors import SpecError
-from draf_dist.losses.cross_entropy import cross_entropy, unimodal_cross_entropy
+from draf_dist.losses.task import task_loss, unimodal_task_loss
 from draf_dist.models.build import build_model
 from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.concat import ConcatConfig
@@ -26,7 +26,7 @@ TARGET = ClassTarget(torch.tensor([0, 1]), torch.tensor([True, True]))
 
 def test_cross_entropy_is_the_weighted_mean_over_rows_and_the_mean_over_passes() -> None:
     logits = torch.stack([P.log(), P.flip(1).log()])
-    term = cross_entropy(logits, TARGET, torch.tensor([1.0, 3.0]))
+    term = task_loss(logits, TARGET, torch.tensor([1.0, 3.0]))
     first, second = -(math.log(0.9) + math.log(0.1)) / 2, -(math.log(0.6) + math.log(0.4)) / 2
     assert term.numerator.item() == pytest.approx(first + 3 * second, rel=1e-6)
     assert term.weight.item() == 4
@@ -34,7 +34,7 @@ def test_cross_entropy_is_the_weighted_mean_over_rows_and_the_mean_over_passes()
 
 def test_rows_without_a_label_count_nowhere() -> None:
     target = ClassTarget(torch.tensor([0, 0]), torch.tensor([True, False]))
-    term = cross_entropy(P.log().unsqueeze(0), target, torch.ones(2))
+    term = task_loss(P.log().unsqueeze(0), target, torch.ones(2))
     assert (term.numerator / term.weight).item() == pytest.approx(-math.log(0.9), rel=1e-6)
     assert term.weight.item() == 1
 
@@ -42,7 +42,7 @@ def test_rows_without_a_label_count_nowhere() -> None:
 def test_unimodal_loss_is_the_mean_over_present_modalities_of_each_row() -> None:
     modalities = torch.tensor([[[0.5, 0.5], [0.9, 0.1]], [[0.4, 0.6], [0.2, 0.8]]])
     present = torch.tensor([[True, True], [False, True]])
-    term = unimodal_cross_entropy(modalities.log().unsqueeze(0), TARGET, present, torch.ones(2))
+    term = unimodal_task_loss(modalities.log().unsqueeze(0), TARGET, present, torch.ones(2))
     expected = -(math.log(0.5) + math.log(0.9)) / 2 - math.log(0.8)
     assert term.numerator.item() == pytest.approx(expected, rel=1e-6)
     assert term.weight.item() == 2

@@ -61,7 +61,7 @@ def test_a_batch_holds_what_the_source_gave(release: Release) -> None:
         for batch in evaluation_batches(release, split, 32):
             for row, uid in enumerate(batch.uid.tolist()):
                 assert schema.sites[batch.site[row]] == table[uid]["site"]
-                assert schema.label.classes[batch.target.label[row]] == table[uid]["label"]
+                assert schema.classes[batch.target.label[row]] == table[uid]["label"]
             vitals, present = batch.inputs["vitals"], batch.present
             assert torch.equal(vitals.length, present[:, 1] * 4)
             assert torch.equal(vitals.observed.flatten(1).any(dim=1), present[:, 1])

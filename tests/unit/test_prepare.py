@@ -52,7 +52,7 @@ def test_every_study_is_found_again_as_it_was(tmp_path: Path) -> None:
     for study in studies:
         meta, arrays = stored[study_uid(KEY, site=study.site, subject=study.subject, anchor=study.anchor)]
         assert (meta.subject, meta.site) == (subject_pseudonym(KEY, study.subject), study.site)
-        assert meta.label == SCHEMA.label.classes[study.label]
+        assert meta.label == SCHEMA.classes[study.label]
         assert meta.quality == (study.quality if "cxr" in study.inputs else {})
         assert set(arrays) == set(study.inputs)
         assert all(np.array_equal(arrays[name], array, equal_nan=True) for name, array in study.inputs.items())

@@ -145,14 +145,14 @@ def _record_vector(batch: Batch) -> Tensor:
 
 def _raw_score(batch: Batch, direction: Tensor | None) -> Tensor:
     if direction is None:
-        return batch.target.label.double()
+        return batch.classes.label.double()
     return _record_vector(batch) @ direction.to(batch.uid.device)
 
 
 def _principal_direction(batches: list[Batch]) -> Tensor:
     """First principal axis of the records, (F,) of unit length; its sign is that which goes with the label."""
     records = torch.cat([_record_vector(batch) for batch in batches])
-    label = torch.cat([batch.target.label for batch in batches]).double()
+    label = torch.cat([batch.classes.label for batch in batches]).double()
     centred = records - records.mean(dim=0)
     direction: Tensor = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
     return direction if float((centred @ direction) @ (label - label.mean())) >= 0 else -direction

@@ -86,7 +86,7 @@ class CorruptedSplit:
         """The laws of all grid entries but the first, by one pass over the split; none where all have one label."""
         if operation not in self._laws:
             records = [records_only(batch) for batch in self.clean()]
-            labels = {label for batch in records for label in batch.target.label.tolist()}
+            labels = {label for batch in records for label in batch.classes.label.tolist()}
             rates = operation.grid[1:] if operation.score != "label" or len(labels) > 1 else ()
             slope, score = operation.slope, operation.score
             self._laws[operation] = tuple(fit_not_at_random(records, rate=rate, slope=slope, score=score) for rate in rates)

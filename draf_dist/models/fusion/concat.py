@@ -46,7 +46,7 @@ class ConcatFusion(nn.Module):
         num_modalities = len(schema.modalities)
         self.backbones = Backbones(config.encoders, schema, config.width)
         bits = num_modalities if config.presence_bits else 0
-        self.head = FusionHead(num_modalities * config.width, config.width, schema.num_classes, presence_bits=bits)
+        self.head = FusionHead(num_modalities * config.width, config.width, schema.num_outputs, presence_bits=bits)
 
     def forward(self, batch: Batch, keys: Tensor) -> FusionOutput:
         """Logits of S passes of a normalised batch; keys int64 (S, B)."""

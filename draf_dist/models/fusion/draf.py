@@ -17,9 +17,10 @@ from draf_dist.models.backbones import Backbones
 from draf_dist.models.encoders import EncoderChoice
 from draf_dist.models.fusion.logits import Prediction, fused_logits
 from draf_dist.models.layers import FusionHead, ModalityLinear
+from draf_dist.models.link import link_of
 from draf_dist.models.mc import name_streams
 from draf_dist.models.reliability import inverse_logits, learned_logits, masked_softmax, softmax_logits
-from draf_dist.models.uncertainty import UncertaintyName, UncertaintySpace, decompose, uncertainty_in
+from draf_dist.models.uncertainty import UncertaintyName, UncertaintySpace
 from draf_dist.schema.batch import Batch, FusionOutput
 from draf_dist.schema.modality import DataSchema
 
@@ -131,23 +132,24 @@ class ReliabilityWeights(nn.Module):
 class Draf(nn.Module):
     """Parameters beside the backbones: g; M (d + 1) of the corruption head; M (dK + K) of separate unimodal heads.
 
-    Buffers: log_prevalence (K,), the log of the training classes' shares (0 until set); those of ReliabilityWeights.
+    Buffers: log_prevalence (K,), the logits of the training split's shares (0 until set); those of ReliabilityWeights.
     """
 
     log_prevalence: Tensor
 
     def __init__(self, config: DrafConfig, schema: DataSchema) -> None:
         super().__init__()
-        num_modalities, num_classes = len(schema.modalities), schema.num_classes
+        num_modalities, num_outputs = len(schema.modalities), schema.num_outputs
+        self.link = link_of(schema.label)
         self.config = config
         self.backbones = Backbones(config.encoders, schema, config.width)
         bits = num_modalities if config.presence_bits else 0
-        self.head = FusionHead(config.width, config.width, num_classes, presence_bits=bits)
+        self.head = FusionHead(config.width, config.width, num_outputs, presence_bits=bits)
         separate = config.uni_head == "separate"
-        self.modality_heads = ModalityLinear(num_modalities, config.width, num_classes) if separate else None
+        self.modality_heads = ModalityLinear(num_modalities, config.width, num_outputs) if separate else None
         self.corruption_head = ModalityLinear(num_modalities, config.width, 1)
         self.weights = ReliabilityWeights(config, num_modalities)
-        self.register_buffer("log_prevalence", torch.zeros(num_classes))
+        self.register_buffer("log_prevalence", torch.zeros(num_outputs))
 
     def forward(self, batch: Batch, keys: Tensor) -> FusionOutput:
         """Logits of S passes, weights, uncertainties and corruption logits of a normalised batch; keys int64 (S, B)."""
@@ -158,7 +160,7 @@ class Draf(nn.Module):
         corruption = torch.where(present, self.corruption_head(mean_features).squeeze(-1), 0.0)
         used = self.used_uncertainty(modality_logits, present)
         reliability = self.weights(used, corruption.sigmoid(), present, batch.weight)
-        measured = decompose(modality_logits.detach().softmax(-1))
+        measured = self.link.uncertainties(modality_logits.detach())
         return FusionOutput(
             logits=fused_logits(features, reliability, present, self.head, self.config.predict),
             reliability=reliability,
@@ -177,5 +179,5 @@ class Draf(nn.Module):
     def used_uncertainty(self, modality_logits: Tensor, present: Tensor) -> Tensor:
         """The U (B, M) that the weights use, in the configured space, 0 where absent; without gradient if `detach_r`."""
         config = self.config
-        uncertainty = uncertainty_in(config.u_space, config.uncertainty, modality_logits, self.log_prevalence)
+        uncertainty = self.link.uncertainty(config.u_space, config.uncertainty, modality_logits, self.log_prevalence)
         return torch.where(present, uncertainty.detach() if config.detach_r else uncertainty, 0.0)

@@ -11,9 +11,9 @@ from draf_dist.config.spec import Spec
 from draf_dist.models.backbones import Backbones
 from draf_dist.models.encoders import EncoderChoice
 from draf_dist.models.layers import ModalityLinear, PresenceBits
+from draf_dist.models.link import Link, link_of
 from draf_dist.models.mc import name_streams
 from draf_dist.models.reliability import equal_weights, fuse
-from draf_dist.models.uncertainty import decompose
 from draf_dist.schema.batch import Batch, FusionOutput
 from draf_dist.schema.modality import DataSchema
 
@@ -48,18 +48,19 @@ class LateMean(nn.Module):
     def __init__(self, config: LateMeanConfig, schema: DataSchema) -> None:
         super().__init__()
         self.config = config
-        num_modalities, num_classes = len(schema.modalities), schema.num_classes
+        num_modalities, num_outputs = len(schema.modalities), schema.num_outputs
+        self.link = link_of(schema.label)
         self.backbones = Backbones(config.encoders, schema, config.width)
-        self.modality_heads = ModalityLinear(num_modalities, config.width, num_classes)
-        self.bits = PresenceBits(num_modalities, num_classes) if config.presence_bits else None
+        self.modality_heads = ModalityLinear(num_modalities, config.width, num_outputs)
+        self.bits = PresenceBits(num_modalities, num_outputs) if config.presence_bits else None
 
     def forward(self, batch: Batch, keys: Tensor) -> FusionOutput:
         """Logits of S passes of a normalised batch; keys int64 (S, B)."""
         features = self.backbones(batch, keys)
         modality_logits = self.modality_heads(features)
-        probability = modality_logits.detach().softmax(-1)
-        logits = _log(self.combined(probability, batch.present))
-        measured = decompose(probability)
+        alone = modality_logits.detach()
+        logits = self.link.logits(self.combined(self.link.probability(alone), batch.present))
+        measured = self.link.uncertainties(alone)
         return FusionOutput(
             logits=logits if self.bits is None else logits + self.bits(batch.present),
             reliability=equal_weights(batch.present),
@@ -72,7 +73,7 @@ class LateMean(nn.Module):
         """Fused probabilities (S, B, K) of each modality's (S, B, M, K)."""
         if self.config.combine == "mean":
             return mean_probability(probability, present)
-        return vote_probability(probability.mean(0), present).expand(probability.shape[0], -1, -1)
+        return vote_probability(probability.mean(0), present, self.link).expand(probability.shape[0], -1, -1)
 
 
 def mean_probability(probability: Tensor, present: Tensor) -> Tensor:
@@ -80,18 +81,14 @@ def mean_probability(probability: Tensor, present: Tensor) -> Tensor:
     return fuse(probability, equal_weights(present).to(probability.dtype))
 
 
-def vote_share(probability: Tensor, present: Tensor) -> Tensor:
-    """Share of the present modalities that put each class first, from (B, M, K) to (B, K)."""
-    winners = functional.one_hot(probability.argmax(-1), probability.shape[-1]).to(probability.dtype)
-    return mean_probability(winners, present)
+def vote_share(probability: Tensor, present: Tensor, link: Link) -> Tensor:
+    """Share of the present modalities that put each class first, or say yes to each question, from (B, M, K) to (B, K)."""
+    said = functional.one_hot(probability.argmax(-1), probability.shape[-1]) if link.exclusive else probability > 0.5
+    return mean_probability(said.to(probability.dtype), present)
 
 
-def vote_probability(probability: Tensor, present: Tensor) -> Tensor:
+def vote_probability(probability: Tensor, present: Tensor, link: Link) -> Tensor:
     """Vote shares clipped to [1e-3, 1 - 1e-3] for the NLL; the mean probability breaks ties (spec 4.2)."""
     # Shares differ by at least 1 / M, so a ten-thousandth of the mean can only decide between equal ones.
-    scores = vote_share(probability, present).clamp(1e-3, 1 - 1e-3) + 1e-4 * mean_probability(probability, present)
-    return scores / scores.sum(-1, keepdim=True)
-
-
-def _log(probability: Tensor) -> Tensor:
-    return probability.clamp_min(torch.finfo(probability.dtype).tiny).log()
+    scores = vote_share(probability, present, link).clamp(1e-3, 1 - 1e-3) + 1e-4 * mean_probability(probability, present)
+    return scores / scores.sum(-1, keepdim=True) if link.exclusive else scores

@@ -44,7 +44,7 @@ class MeanFusion(nn.Module):
         self.config = config
         self.backbones = Backbones(config.encoders, schema, config.width)
         bits = len(schema.modalities) if config.presence_bits else 0
-        self.head = FusionHead(config.width, config.width, schema.num_classes, presence_bits=bits)
+        self.head = FusionHead(config.width, config.width, schema.num_outputs, presence_bits=bits)
 
     def forward(self, batch: Batch, keys: Tensor) -> FusionOutput:
         """Logits of S passes of a normalised batch; keys int64 (S, B). No uncertainties: no modality predicts alone."""

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from draf_dist.config.spec import fingerprint
-from draf_dist.schema.modality import DataSchema, LabelSpec, ModalitySpec, SeriesSpec, TableSpec, VariableSpec
+from draf_dist.schema.label import LabelSpec
+from draf_dist.schema.modality import DataSchema, ModalitySpec, SeriesSpec, TableSpec, VariableSpec
 from draf_dist.sources.card_model import DEFAULT_MISSING, CardPart, Code, Licence, Name, Split
 
 MINUTES_PER_HOUR = 60
