@@ -8,7 +8,7 @@ from torch import Tensor
 
 from draf_dist import noise
 from draf_dist.augment.bounds import Fractions
-from draf_dist.augment.transform import Parameters, between, centres
+from draf_dist.augment.transform import Parameters, Size, between, centres, on_axis
 from draf_dist.config.spec import Spec
 
 
@@ -22,21 +22,25 @@ class CuboidMask(Spec):
     max_boxes: int = Field(3, ge=1)
     side: Fractions = (0.1, 0.2)
 
-    def sample(self, keys: Tensor, size: tuple[int, int]) -> Parameters:
-        """low, high f32 (B, max_boxes, 2): corners (y, x) in fractions of the extent; a box that is not used is empty."""
-        draws = noise.uniform(keys, (1 + 4 * self.max_boxes,))
+    def sample(self, keys: Tensor, size: Size) -> Parameters:
+        """low, high f32 (B, max_boxes, axes): corners in fractions of the extent; a box that is not used is empty."""
+        axes = len(size)
+        draws = noise.uniform(keys, (1 + 2 * axes * self.max_boxes,))
         used = torch.arange(self.max_boxes, device=keys.device) <= (draws[:, :1] * self.max_boxes).long()
-        sides, places = draws[:, 1:].view(-1, 2, self.max_boxes, 2).unbind(dim=1)
+        sides, places = draws[:, 1:].view(-1, 2, self.max_boxes, axes).unbind(dim=1)
         side = between(sides, self.side)
         low = places * (1 - side)
         return {"low": low, "high": torch.where(used[:, :, None], low + side, low)}
 
     def apply(self, image: Tensor, parameters: Parameters) -> Tensor:
         """The images without the pixels whose centre lies in a box."""
-        low, high = parameters["low"], parameters["high"]
-        rows, columns = (
-            (low[:, :, axis, None] <= at) & (at < high[:, :, axis, None])
-            for axis, at in enumerate(centres(length, image.device) for length in image.shape[-2:])
-        )
-        inside = (rows[:, :, :, None] & columns[:, :, None, :]).any(dim=1)
+        low, high, size = parameters["low"], parameters["high"], image.shape[2:]
+        inside = torch.zeros((image.shape[0], *size), dtype=torch.bool, device=image.device)
+        for box in range(low.shape[1]):
+            within = torch.ones((), dtype=torch.bool, device=image.device)
+            for axis, length in enumerate(size):
+                at = centres(length, image.device)
+                on = (low[:, box, axis, None] <= at) & (at < high[:, box, axis, None])
+                within = within & on_axis(on, axis, size)
+            inside |= within
         return torch.where(inside[:, None], 0.0, image)

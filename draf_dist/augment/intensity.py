@@ -8,7 +8,7 @@ from torch import Tensor
 
 from draf_dist import noise
 from draf_dist.augment.bounds import Positive
-from draf_dist.augment.transform import Parameters, between
+from draf_dist.augment.transform import Parameters, Size, between, by_row, spatial
 from draf_dist.config.spec import Spec
 
 
@@ -22,14 +22,14 @@ class Intensity(Spec):
     kind: Literal["intensity"] = "intensity"
     gamma: Positive = (0.8, 1.25)
 
-    def sample(self, keys: Tensor, size: tuple[int, int]) -> Parameters:
+    def sample(self, keys: Tensor, size: Size) -> Parameters:
         """Gamma (B,)."""
         low, high = self.gamma
         return {"gamma": between(noise.uniform(keys, ()), (math.log(low), math.log(high))).exp()}
 
     def apply(self, image: Tensor, parameters: Parameters) -> Tensor:
         """The images with their gamma; a constant channel stays as it is."""
-        low, high = image.amin((-2, -1), keepdim=True), image.amax((-2, -1), keepdim=True)
+        low, high = image.amin(spatial(image), keepdim=True), image.amax(spatial(image), keepdim=True)
         extent = high - low
-        share = (image - low) / torch.where(extent > 0, extent, 1.0)
-        return low + extent * share.pow(parameters["gamma"].view(-1, 1, 1, 1))
+        share = (image - low).div_(torch.where(extent > 0, extent, 1.0))
+        return share.pow_(by_row(parameters["gamma"], image)).mul_(extent).add_(low)

@@ -9,15 +9,18 @@ from torch.nn import functional
 # What was applied to each sample, by name, first axis B. `apply` reads nothing else, so a record repeats the view.
 Parameters = dict[str, Tensor]
 
+# (H, W) of images, (D, H, W) of volumes.
+Size = tuple[int, ...]
+
 
 class Transform(Protocol):
-    """A batched transform of normalised images f32 (B, C, H, W), on whatever device they are.
+    """A batched transform of images f32 (B, C, H, W) or volumes (B, C, D, H, W), on whatever device they are.
 
     Parameters are sampled first, from one noise key per sample, int64 (B,), then applied; no row depends on another row.
     """
 
-    def sample(self, keys: Tensor, size: tuple[int, int]) -> Parameters:
-        """The parameters of every key, for images of size (H, W)."""
+    def sample(self, keys: Tensor, size: Size) -> Parameters:
+        """The parameters of every key, for images of this size."""
         ...
 
     def apply(self, image: Tensor, parameters: Parameters) -> Tensor:
@@ -36,7 +39,33 @@ def centres(length: int, device: torch.device) -> Tensor:
     return (torch.arange(length, dtype=torch.float32, device=device) + 0.5) / length
 
 
-def resample(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """The image read at (y, x), each f32 (B, H', W') in fractions of its extent: bilinear, the edge continued outwards."""
-    grid = torch.stack([2 * x - 1, 2 * y - 1], dim=-1)
+def spatial(image: Tensor) -> tuple[int, ...]:
+    """The axes of an image or volume beside batch and channels."""
+    return tuple(range(2, image.ndim))
+
+
+def by_row(values: Tensor, image: Tensor) -> Tensor:
+    """One number a row, (B,), so that it broadcasts over the image."""
+    return values.view(-1, *(1 for _ in image.shape[1:]))
+
+
+def on_axis(values: Tensor, axis: int, size: Size) -> Tensor:
+    """Values (length,) or (B, length) along one axis of a grid of that many axes: (1 or B, 1, .., length, .., 1)."""
+    return values.view(-1, *(values.shape[-1] if other == axis else 1 for other in range(len(size))))
+
+
+def resample(image: Tensor, *points: Tensor) -> Tensor:
+    """The image read at points, one tensor an axis, in fractions of its extent: linear, the edge continued outwards.
+
+    Each of the points broadcasts to f32 (B, *size), the size of the result being that of the image.
+    """
+    size = image.shape[2:]
+    grid = image.new_empty((image.shape[0], *size, len(size)), dtype=torch.float32)
+    for place, point in enumerate(reversed(points)):
+        grid[..., place] = point
+    return sample_grid(image, grid.mul_(2).sub_(1))
+
+
+def sample_grid(image: Tensor, grid: Tensor) -> Tensor:
+    """The image read at grid (B, *size, axes), from -1 to 1 between the outer edges, the last axis of the image first."""
     return functional.grid_sample(image, grid.to(image.dtype), mode="bilinear", padding_mode="border", align_corners=False)

@@ -1,5 +1,6 @@
 """Two views of every image for contrastive pre-training, with a record of what was done to each."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -22,7 +23,7 @@ ViewTransform = Annotated[RotateScale | Elastic | Intensity | GaussianNoise | Cu
 
 @dataclass(frozen=True)
 class View:
-    """One view. image: f32 (B, C, H, W); applied: kind of transform -> its parameters, in the order of application."""
+    """One view. image: f32, as the batch; applied: kind of transform -> its parameters, in the order of application."""
 
     image: Tensor
     applied: dict[str, Parameters]
@@ -46,21 +47,17 @@ class ViewsConfig(Spec):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        kinds = [transform.kind for transform in self.transforms]
-        if len(set(kinds)) != len(kinds):
-            raise ValueError("a transform is listed twice")
+        refuse_twice(transform.kind for transform in self.transforms)
         return self
 
     def make(self, image: Tensor, *, stream: str, seed: int, epoch: Tensor, uid: Tensor) -> Views:
-        """Views of normalised images f32 (B, C, H, W), functions of (seed, stream, view, epoch, uid) and the image alone.
+        """Views of normalised images f32 (B, C, H, W) or volumes (B, C, D, H, W).
+
+        They are functions of (seed, stream, view, epoch, uid) and the image alone.
 
         stream: what is seen, the modality. epoch, uid: int64 (B,).
         """
-
-        def keys(purpose: str) -> Tensor:
-            return noise.sample_keys(seed, f"augment/{stream}/{purpose}", epoch, uid, 1)[0]
-
-        size = (image.shape[-2], image.shape[-1])
+        keys, size = view_keys(stream, seed, epoch, uid), tuple(image.shape[2:])
         crop = self.crop.sample(keys("crop"), size)
         window = self.crop.apply(image, crop)
         first, second = (
@@ -72,3 +69,19 @@ class ViewsConfig(Spec):
         for transform in self.transforms:
             image = transform.apply(image, applied[transform.kind])
         return View(image, applied)
+
+
+def view_keys(stream: str, seed: int, epoch: Tensor, uid: Tensor) -> Callable[[str], Tensor]:
+    """From what is drawn for ("crop", or view/kind of transform) to one key a sample, int64 (B,)."""
+
+    def keys(purpose: str) -> Tensor:
+        return noise.sample_keys(seed, f"augment/{stream}/{purpose}", epoch, uid, 1)[0]
+
+    return keys
+
+
+def refuse_twice(kinds: Iterable[str]) -> None:
+    """Raises ValueError where a transform is listed twice: both would have the same draws, and one record."""
+    kinds = list(kinds)
+    if len(set(kinds)) != len(kinds):
+        raise ValueError("a transform is listed twice")

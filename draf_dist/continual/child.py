@@ -16,6 +16,7 @@ from draf_dist.data.release import Release, load_release, what_is_there
 from draf_dist.data.splits import StudyRow, assign_splits, component_of
 from draf_dist.data.stats import StatsBuilder
 from draf_dist.errors import SpecError, explain
+from draf_dist.schema.label_text import read_label, stratum
 from draf_dist.schema.modality import DataSchema
 from draf_dist.schema.release import SPLITS, DeliveryRecord, Quarantine, ReleaseManifest, ShardRecord, Split
 from draf_dist.sources.base import Source
@@ -94,7 +95,7 @@ def without_moves(base: Base, rows: Sequence[Row]) -> tuple[list[Row], list[Row]
 
 def continued_splits(base: Base, rows: Sequence[Row]) -> dict[str, Split]:
     """Component -> split: old ones keep theirs, new ones go on from the counts of all."""
-    studies = [*_old_studies(base), *(StudyRow(row.subject, row.site, row.label) for row in rows)]
+    studies = [*_old_studies(base), *(StudyRow(row.subject, row.site, row.stratum) for row in rows)]
     return assign_splits(studies, held_out_sites=base.held_out_sites, assigned=base.parent.assigned)
 
 
@@ -103,7 +104,7 @@ def child_release(
 ) -> tuple[ReleaseManifest, dict[str, bytes]]:
     """The manifest of the child and its small files, by name."""
     base, parent = added.base, added.base.release.manifest
-    subjects = pa.concat_tables([base.release.subjects(), subjects_table(added.rows, added.splits, base.schema)])
+    subjects = pa.concat_tables([base.release.subjects(), subjects_table(added.rows, added.splits)])
     quarantine = _together(base.release.quarantine(), added.quarantine, added.record.delivery_id)
     parts = encode_parts(base.schema, statistics.result(), subjects.sort_by("uid").combine_chunks(), quarantine, statistics.sums())
     added_receipts = receipts(added.rows_by_split)
@@ -121,10 +122,9 @@ def child_release(
 
 
 def _old_studies(base: Base) -> Iterator[StudyRow]:
-    classes = {name: i for i, name in enumerate(base.schema.classes)}
     columns = base.release.subjects().select(["subject", "site", "label"]).to_pydict()
     for subject, site, label in zip(columns["subject"], columns["site"], columns["label"], strict=True):
-        yield StudyRow(subject, site, classes[label])
+        yield StudyRow(subject, site, stratum(read_label(base.schema.label, label)))
 
 
 def _sum_of_counts(parent: Counts, added: Counts) -> Counts:

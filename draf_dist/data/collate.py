@@ -10,9 +10,12 @@ from torch import Tensor
 from draf_dist.data.arena import Arena
 from draf_dist.data.decode import UndecodableError, series_shape
 from draf_dist.data.shards import SampleMeta
+from draf_dist.data.targets import target_rows
 from draf_dist.data.volumes import delivered_shape
-from draf_dist.schema.batch import Batch, ClassTarget, ModalityInput, SeriesInput
+from draf_dist.schema.batch import Batch, ModalityInput, SeriesInput
+from draf_dist.schema.label_text import read_label
 from draf_dist.schema.modality import DataSchema, ImageSpec, VolumeSpec
+from draf_dist.schema.study import StudyLabel
 
 
 class Frame:
@@ -46,7 +49,8 @@ class Frame:
         self.severity = np.zeros(shape, dtype=np.float32)
         self.quality = np.zeros(shape, dtype=np.float32)
         self.quality_known = np.zeros(shape, dtype=np.bool_)
-        self.label, self.site, self.epoch = (np.zeros(num_rows, dtype=np.int64) for _ in range(3))
+        self.targets = target_rows(schema.label, num_rows)
+        self.site, self.epoch = (np.zeros(num_rows, dtype=np.int64) for _ in range(2))
         self.uid = np.full(num_rows, -1, dtype=np.int64)
         self.weight = np.zeros(num_rows, dtype=np.float32)
 
@@ -56,9 +60,13 @@ class Frame:
         Raises:
             UndecodableError: a site or label that the schema doesn't have, or a quality outside [0, 1].
         """
-        if meta.site not in self.schema.sites or meta.label not in self.schema.classes:
-            raise UndecodableError("a site or label that is not in schema.json")
-        self.describe_by_index(row, meta.uid, self.schema.sites.index(meta.site), self.schema.classes.index(meta.label), epoch)
+        if meta.site not in self.schema.sites:
+            raise UndecodableError("a site that is not in schema.json")
+        try:
+            label = read_label(self.schema.label, meta.label)
+        except ValueError:
+            raise UndecodableError("a label that is not in schema.json") from None
+        self.describe_by_index(row, meta.uid, self.schema.sites.index(meta.site), label, epoch)
         for column, name in enumerate(self.schema.names if meta.quality else ()):
             if name in meta.quality:
                 quality = meta.quality[name]
@@ -66,9 +74,10 @@ class Frame:
                     raise UndecodableError(f"a quality of {name} outside [0, 1]")
                 self.quality[row, column], self.quality_known[row, column] = quality, True
 
-    def describe_by_index(self, row: int, uid: int, site: int, label: int, epoch: int) -> None:
+    def describe_by_index(self, row: int, uid: int, site: int, label: StudyLabel, epoch: int) -> None:
         """The same for a study without a JSON; nothing is known of its quality."""
-        self.site[row], self.label[row] = site, label
+        self.targets.set(row, label)
+        self.site[row] = site
         self.uid[row], self.epoch[row], self.weight[row] = uid, epoch, 1.0
 
     def clear(self, row: int, column: int) -> None:
@@ -82,8 +91,9 @@ class Frame:
         """Makes the row padding."""
         for column in range(len(self.schema.modalities)):
             self.clear(row, column)
-        for array in (self.severity, self.quality, self.quality_known, self.label, self.site, self.epoch, self.weight):
+        for array in (self.severity, self.quality, self.quality_known, self.site, self.epoch, self.weight):
             array[row] = 0
+        self.targets.clear(row)
         self.present[row] = np.arange(self.present.shape[1]) == 0
         self.uid[row] = -1
 
@@ -97,7 +107,7 @@ class Frame:
             severity=torch.from_numpy(self.severity),
             quality=torch.from_numpy(self.quality),
             quality_known=torch.from_numpy(self.quality_known),
-            target=ClassTarget(torch.from_numpy(self.label), torch.from_numpy(self.weight > 0)),
+            target=self.targets.target(),
             site=torch.from_numpy(self.site),
             uid=torch.from_numpy(self.uid),
             epoch=torch.from_numpy(self.epoch),

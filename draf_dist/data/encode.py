@@ -11,6 +11,7 @@ from PIL import Image
 from draf_dist.data.shards import PNG_CHANNELS, extension
 from draf_dist.data.volumes_fit import UnfitVolumeError, fitted
 from draf_dist.data.volumes_write import encode_volume
+from draf_dist.schema.label_text import label_text
 from draf_dist.schema.modality import DataSchema, ImageSpec, SeriesSpec, TableSpec, VolumeSpec
 from draf_dist.schema.study import RawVolume, Study
 
@@ -138,7 +139,9 @@ def encode_array(array: NDArray[np.uint8] | NDArray[np.float32], spec: ImageSpec
 def _check_names(study: Study, schema: DataSchema) -> None:
     if study.site not in schema.sites:
         raise UnfitError("unknown site", f"expected one of {', '.join(schema.sites)}")
-    if not 0 <= study.label < len(schema.classes):
-        raise UnfitError("unknown label", f"class index {study.label} of {len(schema.classes)} classes")
+    try:
+        label_text(schema.label, study.label)
+    except ValueError as error:
+        raise UnfitError("unknown label", str(error)) from None
     if unknown := sorted({*study.inputs, *study.volumes} - set(schema.names)):
         raise UnfitError("unknown modality", f"{', '.join(unknown)} beside {', '.join(schema.names)}")

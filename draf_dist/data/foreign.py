@@ -30,6 +30,7 @@ from draf_dist.data.splits import component_of
 from draf_dist.data.stats import StatsBuilder, VariableMoments
 from draf_dist.errors import DataError, DrafError, SpecError, UnreachableError, explain, together
 from draf_dist.executor import Executor, Failed, Serial
+from draf_dist.schema.label_text import label_text
 from draf_dist.schema.modality import DataSchema, ImageSpec
 from draf_dist.schema.release import SPLITS, ImageSums, ShardRecord, Split, TrainingSums
 from draf_dist.schema.study import Rejection
@@ -111,7 +112,7 @@ def prepare_foreign(
         shards = _write_indexes(store, found, splits, source.schema)
     stats = StatsBuilder(source.schema, sums).result()
     gathered = found.gathered
-    subjects = subjects_table(gathered.rows, splits, source.schema)
+    subjects = subjects_table(gathered.rows, splits)
     parts = encode_parts(source.schema, stats, subjects, gathered.quarantine(limit), sums)
     manifest = manifest_of(source, parts, parent, key_check(subject_key), by_split(gathered.rows, splits), gathered, shards)
     return publish(store, url, manifest, parts, parent)
@@ -239,7 +240,8 @@ def _repetition(card: WebDatasetCard, is_known: bool, is_shown: bool) -> tuple[s
 def _row(schema: DataSchema, report: TarReport, i: int) -> Row:
     present = tuple(name for name, member in zip(schema.names, report.members[i, :-1], strict=True) if member[OFFSET] != ABSENT)
     site, label = schema.sites[report.sites[i]], int(report.labels[i])
-    return Row(int(report.uids[i]), report.subjects[i], site, label, present, report.offsets[i], parts=(), where="")
+    text = label_text(schema.label, label)
+    return Row(int(report.uids[i]), report.subjects[i], site, text, label, present, report.offsets[i], parts=(), where="")
 
 
 def _uid(row: Row) -> int:

@@ -12,6 +12,7 @@ from draf_dist.data.in_order import in_order
 from draf_dist.data.shards import META, SampleMeta, encode_meta, extension
 from draf_dist.errors import DataError, explain, together
 from draf_dist.schema.identity import study_uid, subject_pseudonym, uid_name
+from draf_dist.schema.label_text import label_text, stratum
 from draf_dist.schema.modality import ImageSpec, VolumeSpec
 from draf_dist.schema.release import Quarantine, QuarantinedStudy
 from draf_dist.schema.study import Rejection, Study
@@ -26,7 +27,9 @@ TAR_BLOCK_BYTES = 512
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A study whose members lie in the spool: subject is its pseudonym, label its class index, parts are (suffix, size).
+    """A study whose members lie in the spool: parts are (suffix, size).
+
+    subject: a pseudonym. label: as it is stored. stratum: what the split rule counts it in.
 
     where: its place in the export, for messages. objects: (path in the release's store, size) of what lies beside the shards, in
     the order to write it; in the spool it follows the members.
@@ -35,7 +38,8 @@ class Row:
     uid: int
     subject: str
     site: str
-    label: int
+    label: str
+    stratum: int
     present: tuple[str, ...]
     offset: int
     parts: tuple[tuple[str, int], ...]
@@ -186,12 +190,12 @@ def gather(source: Source, spool: Spool, *, subject_key: bytes, limit: float, on
 
 
 def _keep(spool: Spool, study: Study, encoded: EncodedStudy, *, uid: int, subject: str, source: Source) -> Row:
-    label = source.schema.classes[study.label]
+    label = label_text(source.schema.label, study.label)
     quality = {name: float(value) for name, value in sorted(study.quality.items()) if name in encoded.present}
     meta = encode_meta(SampleMeta(uid, subject, study.site, label, quality))
     offset, parts = spool.add({**encoded.members, META: meta})
     _, objects = spool.add(encoded.objects)
-    return Row(uid, subject, study.site, study.label, encoded.present, offset, parts, study.where, objects)
+    return Row(uid, subject, study.site, label, stratum(study.label), encoded.present, offset, parts, study.where, objects)
 
 
 def _image_contents(study: Study, encoded: EncodedStudy, source: Source) -> dict[str, tuple[bytes, ...]]:

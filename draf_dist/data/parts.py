@@ -50,7 +50,7 @@ def finished(draft: ReleaseManifest) -> ReleaseManifest:
     return draft.model_copy(update={"version": version_of(draft)})
 
 
-def subjects_table(rows: Sequence[Row], splits: Mapping[str, Split], schema: DataSchema) -> pa.Table:
+def subjects_table(rows: Sequence[Row], splits: Mapping[str, Split]) -> pa.Table:
     """One row a study, in the order of the rows given."""
     columns = {
         "subject": [row.subject for row in rows],
@@ -58,7 +58,7 @@ def subjects_table(rows: Sequence[Row], splits: Mapping[str, Split], schema: Dat
         "split": [splits[component_of(row.subject)] for row in rows],
         "component": [component_of(row.subject) for row in rows],
         "uid": [row.uid for row in rows],
-        "label": [schema.classes[row.label] for row in rows],
+        "label": [row.label for row in rows],
     }
     return pa.table(columns, schema=SUBJECTS_SCHEMA)
 

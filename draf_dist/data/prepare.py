@@ -71,7 +71,7 @@ def prepare(
         rows = by_split(found.rows, splits)
         stats = training_statistics(spool, rows["train"], source.schema, jobs=jobs).result()
         shards = write_shards(Packing(store, spool, folder, source.schema, shard_size_bytes, jobs), rows, on_progress)
-    parts = encode_parts(source.schema, stats, subjects_table(found.rows, splits, source.schema), found.quarantine(limit))
+    parts = encode_parts(source.schema, stats, subjects_table(found.rows, splits), found.quarantine(limit))
     manifest = manifest_of(source, parts, parent, key_check(subject_key), rows, found, shards)
     return publish(store, url, manifest, parts, parent)
 
@@ -100,7 +100,7 @@ def inspect_source(
 
 def splits_of(found: Gathered, source: Described, parent: Parent, rule: SplitRule) -> dict[str, Split]:
     """Component -> split."""
-    studies = [StudyRow(row.subject, row.site, row.label) for row in found.rows]
+    studies = [StudyRow(row.subject, row.site, row.stratum) for row in found.rows]
     return rule(studies, held_out_sites=source.held_out_sites, assigned=parent.assigned)
 
 

@@ -21,7 +21,8 @@ from draf_dist.data.splits import component_of
 from draf_dist.data.stats import StatsBuilder, decode_member
 from draf_dist.data.volumes_check import check_volume
 from draf_dist.schema.identity import uid_name
-from draf_dist.schema.modality import ImageSpec, VolumeSpec
+from draf_dist.schema.label_text import read_label
+from draf_dist.schema.modality import DataSchema, ImageSpec, VolumeSpec
 from draf_dist.schema.release import SPLITS, ShardRecord, Split
 from draf_dist.schema.volume import VolumePointer
 from draf_dist.storage import MissingError, room_on
@@ -222,7 +223,7 @@ class _Contents:
             meta = decode_study(data)
         except UndecodableError as error:
             raise broken(where, "the json of a sample", str(error)) from error
-        if meta.uid != uid or meta.site not in schema.sites or meta.label not in schema.classes:
+        if meta.uid != uid or meta.site not in schema.sites or not _is_label(schema, meta.label):
             raise broken(where, "its uid, and a site and label of schema.json", "others")
         self._check_row(uid, _Study(meta.subject, meta.site, shard.split, meta.label), where)
 
@@ -268,6 +269,14 @@ class _Contents:
             raise broken(where, "stats.json to be the statistics of the training split", "others")
         if self._release.sums() not in (None, self._stats.sums()):
             raise broken(where, "sums.json to be the sums of the training split", "others")
+
+
+def _is_label(schema: DataSchema, text: str) -> bool:
+    try:
+        read_label(schema.label, text)
+    except ValueError:
+        return False
+    return True
 
 
 def _read(where: str, member: Member, file: BinaryIO) -> bytes:

@@ -15,6 +15,7 @@ from draf_dist.data.release import HEAD, Release, open_release
 from draf_dist.data.splits import StudyRow, component_of, strata
 from draf_dist.errors import DataError, SpecError, explain
 from draf_dist.noise import chain
+from draf_dist.schema.label_text import num_strata, stratum
 from draf_dist.schema.record import Record
 from draf_dist.schema.release import Split
 from draf_dist.schema.study import Study
@@ -53,11 +54,11 @@ def identity_of(card: AnyCard, num_folds: int, seed: int, subject_key: bytes) ->
 
 
 def count_sites(source: Source) -> dict[str, Integers]:
-    """Site -> studies of every class, int64 (K,)."""
-    counts: dict[str, Integers] = defaultdict(lambda: np.zeros(len(source.schema.classes), dtype=np.int64))
+    """Site -> studies of every class (of other labels: stratum), int64 (K,)."""
+    counts: dict[str, Integers] = defaultdict(lambda: np.zeros(num_strata(source.schema.label), dtype=np.int64))
     for study in source.studies():
         if isinstance(study, Study):
-            counts[study.site][study.label] += 1
+            counts[study.site][stratum(study.label)] += 1
     return dict(counts)
 
 

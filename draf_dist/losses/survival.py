@@ -1,4 +1,4 @@
-"""Losses of survival: the discrete-time likelihood of hazards, and Cox's partial likelihood."""
+"""The likelihood of a time to an event, from the hazards of its intervals; see cox.py for a likelihood without intervals."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ def survival_nll(logits: Tensor, interval: Tensor, event: Tensor, *, uncensored:
         censored  -log S(k), weighted by 1 - uncensored
     HEALNet's loss (spec 4.5, oracle O14), whose `uncensored` (there alpha) of .4 gives an event the weight
     (1 - .4) + .4 = 1 and a censored time .6. `uncensored` 0 is the plain likelihood.
+
+    Computed in f32 at least: in half precision a sum over intervals loses what a late one adds.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     survive, die = functional.logsigmoid(-logits), functional.logsigmoid(logits)
     index = interval.expand(logits.shape[0], -1).unsqueeze(-1)
     # log S(k), with S(-1) = 1 in front.

@@ -8,7 +8,16 @@ _LABELS = {
     "draf": "DRAF, dynamic reliability-aware fusion",
     "mean": "plain mean of features",
     "concat": "feature concatenation",
+    "aum": "AUM, Gaussian modalities on a graph",
     "late_mean": "late fusion of independent unimodal nets",
+    "healnet": "HEALNet, latents that read the modalities in turn",
+    "early": "early fusion of raw inputs",
+    "mda": "MDA (re-derived)",
+    "gated_evidence": "gated additive evidence",
+    "severity_rejection": "severity rejection around another fusion",
+    "severity_cross_modal_gate": "severity x cross-modal gate around another fusion",
+    "drfuse": "DrFuse, shared and distinct features weighed for every label",
+    "drifa": "DRIFA-Net",
 }
 
 

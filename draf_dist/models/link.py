@@ -44,6 +44,14 @@ class Link:
             return logit_variance(logits) if self.exclusive else logits.var(0, correction=0).mean(-1)
         return self.uncertainties(logits - prior if space == "prior_shifted" else logits)[name]
 
+    def prior(self, held: Tensor, of: Tensor) -> Tensor:
+        """The logits (K,) of outcomes that held so often of so many, f32 (K,) both; finite where one never or always held."""
+        if self.exclusive:
+            counts = held.clamp_min(1)
+            return (counts / counts.sum()).log()
+        yes, no = held.clamp_min(1), (of - held).clamp_min(1)
+        return yes.log() - no.log()
+
 
 def link_of(task: TaskSpec) -> Link:
     """The link of a task."""

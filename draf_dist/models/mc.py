@@ -4,7 +4,9 @@ Activations carry two leading axes, (S, B, ...) with S = 1 until the first dropo
 pass, is computed once, and is repeated by broadcasting.
 """
 
+import math
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +15,18 @@ from draf_dist import noise
 from draf_dist.errors import SpecError, explain
 from draf_dist.schema.batch import ModalityInput
 
+# What the passes draw anew: `full`, every dropout; `head`, only those of the last stage, the projections (spec 1.2).
+Scope = Literal["full", "head"]
+# What SELU tends to for very negative inputs, -lambda alpha (Klambauer et al. 2017, eq. 2 and 14).
+SELU_FLOOR = -1.0507009873554805 * 1.6732632423543772
+
 
 class MCDropout(nn.Module):
     """Zeroes an element with probability p and multiplies the rest by 1 / (1 - p), in training and in evaluation alike.
 
     There is no flag to switch it off (rule D5): `eval()` changes nothing. A mask depends on the key of (pass, study), on the
     module's own stream and on the element, so a study meets the same masks in any batch and on any rank. With `channels` one
-    draw drops a whole channel of a map (S, B, C, H, W).
+    draw drops a whole channel of a map (S, B, C, H, W) or (S, B, C, D, H, W).
     """
 
     def __init__(self, probability: float, *, channels: bool = False) -> None:
@@ -32,14 +39,35 @@ class MCDropout(nn.Module):
         """Values (S or 1, B, ...) and int64 keys (S, B) to (S, B, ...)."""
         if self.probability == 0:
             return values
+        scale = (~self.dropped(values, keys)).to(values.dtype) * (1 / (1 - self.probability))
+        return values * scale
+
+    def dropped(self, values: Tensor, keys: Tensor) -> Tensor:
+        """What is dropped: bool (S, B, ...), with axes of length 1 where one draw stands for all."""
         shape = tuple(values.shape[2:3] if self.channels else values.shape[2:])
-        dropped = noise.bernoulli(noise.chain(keys, self.stream), shape, self.probability)
-        scale = (~dropped).to(values.dtype) * (1 / (1 - self.probability))
-        return values * scale.view(*scale.shape, *[1] * (values.dim() - scale.dim()))
+        mask = noise.bernoulli(noise.chain(keys, self.stream), shape, self.probability)
+        return mask.view(*mask.shape, *[1] * (values.dim() - mask.dim()))
 
     def extra_repr(self) -> str:
         """What repr() shows."""
         return f"p={self.probability}, channels={self.channels}"
+
+
+class MCAlphaDropout(MCDropout):
+    """Alpha dropout for SELU networks: a dropped element becomes SELU's floor, and what is left is scaled and shifted.
+
+    y = a (x if kept else f) + b with f = -lambda alpha, q = 1 - p, a = (q + f^2 q p)^(-1/2), b = -a p f   (Klambauer et al. 2017,
+    section "New dropout technique"). Inputs of mean 0 and variance 1 keep both.
+    """
+
+    def forward(self, values: Tensor, keys: Tensor) -> Tensor:
+        """Values (S or 1, B, ...) and int64 keys (S, B) to (S, B, ...)."""
+        if self.probability == 0:
+            return values
+        kept = 1 - self.probability
+        scale = 1 / math.sqrt(kept + SELU_FLOOR**2 * kept * self.probability)
+        shift = -scale * self.probability * SELU_FLOOR
+        return torch.where(self.dropped(values, keys), scale * SELU_FLOOR + shift, scale * values + shift)
 
 
 def name_streams(model: nn.Module) -> None:

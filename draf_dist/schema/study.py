@@ -19,6 +19,18 @@ class RawVolume:
 
 
 @dataclass(frozen=True)
+class TimeToEvent:
+    """The time of an event, or (event False) the last time at which it had not happened, in the unit of the SurvivalSpec."""
+
+    time: float
+    event: bool
+
+
+# What is known of a study's label: a class index; for each of K labels whether it holds, None where unknown; a time.
+StudyLabel = int | tuple[bool | None, ...] | TimeToEvent
+
+
+@dataclass(frozen=True)
 class Study:
     """One subject at one time anchor (event + offset) at one site.
 
@@ -27,15 +39,15 @@ class Study:
     (1, F) for a table, already in canonical units with NaN where not observed. An absent modality has no entry.
     volumes maps modality -> 3-D image. image_digests maps modality -> sha256 hex of the raw image or volume: one that two subjects
     claim is a leak.
-    label is the class index. quality maps modality -> [0, 1] where the source knows it. where is the place in the export,
-    a file and a row, for messages: never a subject.
+    label is of the kind that the schema asks for. quality maps modality -> [0, 1] where the source knows it. where is the place in
+    the export, a file and a row, for messages: never a subject.
     """
 
     subject: str
     site: str
     anchor: str
     inputs: dict[str, NDArray[np.uint8] | NDArray[np.float32]]
-    label: int
+    label: StudyLabel
     image_digests: dict[str, str] = field(default_factory=dict)
     quality: dict[str, float] = field(default_factory=dict)
     where: str = ""

@@ -9,6 +9,7 @@ from string import Formatter
 
 from draf_dist.errors import SpecError, explain, together
 from draf_dist.sources import units
+from draf_dist.sources.card_labels import LabelCard
 from draf_dist.sources.card_model import (
     Card,
     FileCard,
@@ -110,8 +111,9 @@ def _study_problems(card: Card) -> Iterator[str]:
 def _label_problems(card: Card) -> Iterator[str]:
     yield from _unknown("label", (card.label,), card.labels, "one of the labels")
     for name, label in card.labels.items():
-        yield from _twice(f"labels: {name}: classes", label.classes)
-        yield from _unknown(f"labels: {name}: values", label.values.values(), label.classes, "one of the classes")
+        if isinstance(label, LabelCard):
+            yield from _twice(f"labels: {name}: classes", label.classes)
+            yield from _unknown(f"labels: {name}: values", label.values.values(), label.classes, "one of the classes")
         studies = card.tables.get(card.studies.table)
         for column in sorted(label.where.keys() & studies.where.keys()) if studies is not None else ():
             expected, found = "columns that the table's own `where` lacks", f"{column!r} in both"
@@ -211,8 +213,8 @@ def _label_as_input(card: Card, modality: SeriesCard | TableModalityCard, table:
     hots = modality.multi_hot if isinstance(modality, TableModalityCard) else ()
     columns = [(variable.name, variable.codes_at(site)) for variable in modality.variables for site in card.sites.names()]
     columns += [(hot.prefix or hot.column, (hot.column,)) for hot in hots]
-    for name in dict.fromkeys(name for name, column in columns if label.column in column):
-        found = f"the label's own, {label.column!r}"
+    for name in dict.fromkeys(name for name, column in columns if set(label.columns) & set(column)):
+        found = f"the label's own, {', '.join(map(repr, label.columns))}"
         yield explain(f"variable {name}", expected="another column", found=found, remedy="Take it out: it is what is predicted.")
 
 

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from draf_dist.config.spec import fingerprint
-from draf_dist.schema.label import LabelSpec
 from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, SeriesSpec, TableSpec, VariableSpec
+from draf_dist.sources.card_labels import AnyLabelCard
 from draf_dist.sources.card_parts import CardPart as CardPart
 from draf_dist.sources.card_parts import Name as Name
 from draf_dist.sources.card_parts import SiteName as SiteName
@@ -147,20 +147,6 @@ class StudiesCard(CardPart):
     table: Name
     anchor: Anchor | None = None
     repeat: Literal["each", "first", "last"] = "each"
-
-
-class LabelCard(CardPart):
-    """A class label in a column of the studies table.
-
-    classes: names in index order. values: what the cell says -> class (default: the cell says the class). A cell that is missing
-    or says something else leads to a rejection. Numbers compare as numbers: 1 and 1.0 are the same. where: column -> values, as
-    that of a table: the rows of the studies table that count while this label is the chosen one.
-    """
-
-    column: str
-    classes: tuple[str, ...] = Field(min_length=2)
-    values: dict[str, str] = Field(default_factory=dict)
-    where: dict[str, Code] = Field(default_factory=dict)
 
 
 class VariableCard(CardPart):
@@ -327,11 +313,11 @@ class Card(CardPart):
     tables: dict[Name, TableCard] = Field(min_length=1)
     studies: StudiesCard
     label: Name
-    labels: dict[Name, LabelCard] = Field(min_length=1)
+    labels: dict[Name, AnyLabelCard] = Field(min_length=1)
     modalities: tuple[ModalityCard, ...] = Field(min_length=1)
 
     @property
-    def chosen_label(self) -> LabelCard:
+    def chosen_label(self) -> AnyLabelCard:
         """The label that `label` names."""
         return self.labels[self.label]
 
@@ -348,7 +334,7 @@ class Card(CardPart):
 
     def data_schema(self) -> DataSchema:
         """What a release made with this card holds: a function of the card alone."""
-        label = LabelSpec(name=self.label, classes=self.chosen_label.classes)
+        label = self.chosen_label.spec(self.label)
         return DataSchema(modalities=tuple(modality.spec() for modality in self.modalities), label=label, sites=self.sites.names())
 
 

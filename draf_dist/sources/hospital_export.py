@@ -114,13 +114,14 @@ class HospitalExport:
                     return Rejection(studies.site, table.where(chosen[i].row), error.reason, error.detail)
         if not inputs and not volumes:
             return Rejection(studies.site, studies.where(i), "no input", "no modality has anything in its window")
-        anchor = studies.anchor_text[i]
+        anchor, label = studies.anchor_text[i], studies.label[i]
+        assert label is not None, "rejected when the studies were read"
         return Study(
             subject,
             studies.site,
             anchor,
             inputs,
-            int(studies.label[i]),
+            label,
             image_digests=digests,
             where=studies.where(i),
             volumes=volumes,

@@ -11,6 +11,7 @@ from draf_dist.schema.study import Rejection
 from draf_dist.sources import tables
 from draf_dist.sources.base import TableCounts
 from draf_dist.sources.card_model import Anchor, Card
+from draf_dist.sources.study_labels import DETAILS, Labels, read_labels
 from draf_dist.sources.tables import NO_TIME, Table
 
 
@@ -18,7 +19,8 @@ from draf_dist.sources.tables import NO_TIME, Table
 class StudyRows:
     """n studies of one site in the order of the file.
 
-    subject, anchor_text: as the hospital wrote them. anchor_us: int64 (n,), the anchor in microseconds. label: int64 (n,).
+    subject, anchor_text: as the hospital wrote them. anchor_us: int64 (n,), the anchor in microseconds. label: None where it
+    can't be read, and then a rejection says why.
     position: int64 (n,), rows of `table` (the studies table). study_key: text (n,), or None where studies have no identifier.
     """
 
@@ -29,7 +31,7 @@ class StudyRows:
     study_key: pa.Array | None
     anchor_us: NDArray[np.int64]
     anchor_text: tuple[str, ...]
-    label: NDArray[np.int64]
+    label: Labels
 
     def __len__(self) -> int:
         """The number of studies, n."""
@@ -56,7 +58,7 @@ class MatchedRows:
 def study_columns(card: Card) -> set[str]:
     """Columns of the studies table that every study needs."""
     table, anchor = card.tables[card.studies.table], card.studies.anchor
-    named = (table.study, table.subject, card.chosen_label.column, anchor.column if anchor is not None else None)
+    named = (table.study, table.subject, *card.chosen_label.columns, anchor.column if anchor is not None else None)
     return {name for name in named if name is not None}
 
 
@@ -64,7 +66,7 @@ def read_studies(card: Card, table: Table, site: str, position: NDArray[np.int64
     """The studies in the rows `position` of the studies table, and a rejection for every row that can't be one."""
     table_card = card.tables[card.studies.table]
     taken = pa.array(position)
-    label = tables.mapped(table.text(card.chosen_label.column).take(taken), label_values(card))
+    label, reasons = read_labels(card.chosen_label, table, position)
     event_us, anchor_us, anchor_text = _anchors(card, table, position)
     if table_card.subject is None:
         # Nothing says which rows are one person's, so each is a person of its own.
@@ -72,10 +74,7 @@ def read_studies(card: Card, table: Table, site: str, position: NDArray[np.int64
     else:
         subject = table.text(table_card.subject).take(taken)
     key = None if table_card.study is None else table.text(table_card.study).take(taken)
-    unknown_label = table.text(card.chosen_label.column).take(taken).is_null()
-    reasons = np.full(len(position), "", dtype="U32")
-    reasons[np.isnan(label)] = "unknown label"
-    reasons[np.asarray(unknown_label)] = "no label"
+    reasons = reasons.astype("U32")
     reasons[event_us == NO_TIME] = "bad time"
     reasons[np.asarray(subject.is_null())] = "no subject"
     if key is not None:
@@ -84,28 +83,18 @@ def read_studies(card: Card, table: Table, site: str, position: NDArray[np.int64
         Rejection(site, table.where(int(position[i])), str(reasons[i]), _DETAILS[str(reasons[i])])
         for i in np.flatnonzero(reasons != "")
     ]
-    studies = StudyRows(
-        site, table, position, subject, key, anchor_us, anchor_text, np.where(np.isnan(label), 0, label).astype(np.int64)
-    )
+    studies = StudyRows(site, table, position, subject, key, anchor_us, anchor_text, label)
     studies = _select(studies, np.flatnonzero(reasons == ""))
     studies, repeated = _without_repeats(_chosen(studies, card.studies.repeat), site)
     return studies, rejections + repeated
 
 
 _DETAILS = {
-    "unknown label": "the label is none that the card lists",
-    "no label": "the label is missing",
+    **DETAILS,
     "bad time": "the time of the event is missing or unreadable",
     "no subject": "the subject is missing",
     "no study id": "the study id is missing",
 }
-
-
-def label_values(card: Card) -> dict[str, float]:
-    """What the label's cell says -> class index."""
-    label = card.chosen_label
-    index = {name: float(i) for i, name in enumerate(label.classes)}
-    return {text: index[name] for text, name in label.values.items()} if label.values else index
 
 
 def _anchors(card: Card, table: Table, position: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[str, ...]]:
@@ -141,7 +130,7 @@ def _select(studies: StudyRows, index: NDArray[np.int64]) -> StudyRows:
         study_key=None if studies.study_key is None else studies.study_key.take(taken),
         anchor_us=studies.anchor_us[index],
         anchor_text=tuple(studies.anchor_text[i] for i in index),
-        label=studies.label[index],
+        label=tuple(studies.label[i] for i in index),
     )
 
 

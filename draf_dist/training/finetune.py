@@ -9,19 +9,21 @@ from torch import Tensor, nn
 
 from draf_dist import noise
 from draf_dist.data.corruption import Corruptor
-from draf_dist.data.loader import Loader, SplitLoader
+from draf_dist.data.loader import EVALUATION_PREFETCH, Loader, Portion, Reading, SplitLoader
 from draf_dist.data.normalise import Normaliser
 from draf_dist.data.release import Release
-from draf_dist.errors import DataError, SpecError, explain
+from draf_dist.errors import SpecError, explain
+from draf_dist.losses.gather import Gather, one_process
 from draf_dist.models.build import build_model
-from draf_dist.models.calibration import calibrate, set_prevalence
+from draf_dist.models.calibration import calibrate, fit_on_clean, set_prevalence
 from draf_dist.models.export import model_files
 from draf_dist.models.fusion.draf import DrafConfig
-from draf_dist.objectives.fusion import FusionObjective
+from draf_dist.objectives.finetune import FinetuneObjective, build_objective
 from draf_dist.schema.batch import Batch, hide
-from draf_dist.schema.release import ReleaseStats
+from draf_dist.schema.release import ReleaseStats, Split
 from draf_dist.training.backend import Backend
 from draf_dist.training.job import FinetuneJob
+from draf_dist.training.label_counts import count_labels, has_label
 from draf_dist.training.loop import StepRules
 from draf_dist.training.plan import TrainingPlan, build_plan
 from draf_dist.training.pretrained import start_from
@@ -30,6 +32,10 @@ from draf_dist.training.stage import num_steps
 from draf_dist.training.torch_engine import load_weights
 from draf_dist.training.validate import Passes, evaluation_keys, validate
 from draf_dist.training.warm_start import load_start
+
+# Studies of a split, or a batch more, that show what clean inputs look like: enough for it, and little to read at every start.
+CLEAN_STUDIES = 2048
+_CLEAN_SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,12 @@ class Finetuning:
     stats: ReleaseStats
     normaliser: Normaliser
     corruptor: Corruptor
+    gather: Gather
 
     @cached_property
-    def objective(self) -> FusionObjective:
+    def objective(self) -> FinetuneObjective:
         """What a step minimises."""
-        return self.job.objective.build()
+        return build_objective(self.job.objective, self.release.schema, self.gather)
 
     def loader(self, backend: Backend) -> Loader:
         """The training batches of this rank."""
@@ -108,20 +115,25 @@ class Finetuning:
             yield prepared, evaluation_keys(prepared, self.job.passes_eval)
 
 
-def build_finetuning(job: FinetuneJob, release: Release, device: torch.device, run: str | None = None) -> Finetuning:
+def build_finetuning(
+    job: FinetuneJob, release: Release, device: torch.device, run: str | None = None, *, gather: Gather = one_process
+) -> Finetuning:
     """Everything a run needs, with the parameters that the seed and the pre-trained encoders give, or an earlier run.
 
-    run: its URL, once there is one.
+    run: its URL, once there is one. gather: the rows of all ranks, for losses over the whole batch.
 
     Raises:
         SpecError: label_fraction leaves no label; an encoder or an earlier run that is not there or does not fit; see build_plan.
     """
-    counts = class_counts(job, release)
-    if not counts.any():
+    if not count_labels(job, release).of.any():
         found = f"none of {release.manifest.receipts['train'].count}"
         raise SpecError(explain("label_fraction", expected="at least one label", found=found, remedy="Set a larger share."))
     model, stats = _start(job, release)
     normaliser = Normaliser(release.schema, stats)
+    if job.warm_start is None:
+        reading = Reading(prefetch=EVALUATION_PREFETCH, bad_data=job.bad_data, job=run)
+        train, validation = (SplitLoader(release, split, job.batch_size, reading=reading) for split in _CLEAN_SPLITS)
+        fit_on_clean(model, lambda: _clean(train, normaliser), lambda: _clean(validation, normaliser), job.seed)
     return Finetuning(
         job=job,
         release=release,
@@ -131,6 +143,7 @@ def build_finetuning(job: FinetuneJob, release: Release, device: torch.device, r
         stats=stats,
         normaliser=normaliser,
         corruptor=Corruptor(job.corruption, normaliser, seed=job.seed),
+        gather=gather,
     )
 
 
@@ -138,7 +151,7 @@ def _start(job: FinetuneJob, release: Release) -> tuple[nn.Module, ReleaseStats]
     """The model with the parameters that the job gives, and the statistics that its input is normalised with."""
     model = new_model(job, release)
     if job.warm_start is None:
-        start_from(model, job.pretrained, release.schema, job.model.encoders, job.model.width)
+        start_from(model, job.pretrained, release.schema)
         return model, release.stats
     start = load_start(job.warm_start, job.model, release.schema)
     # All of its state, the shares of the classes that set_prevalence stored included: the other weights were trained with them.
@@ -148,30 +161,15 @@ def _start(job: FinetuneJob, release: Release) -> tuple[nn.Module, ReleaseStats]
     return model, start.stats
 
 
+def _clean(split: SplitLoader, normaliser: Normaliser) -> Iterator[Batch]:
+    """Clean batches of a split, normalised, spread over all of it: shards of later deliveries come last."""
+    every = -(-split.num_samples // CLEAN_STUDIES) or 1
+    return map(normaliser, split.studies(Portion(steps=range(0, split.num_batches, every))))
+
+
 def new_model(job: FinetuneJob, release: Release) -> nn.Module:
     """The model with the parameters that the seed gives."""
     model = build_model(job.model, release.schema, job.seed)
-    set_prevalence(model, class_counts(job, release))
+    counts = count_labels(job, release)
+    set_prevalence(model, counts.held, counts.of)
     return model
-
-
-def has_label(job: FinetuneJob, uid: Tensor) -> Tensor:
-    """Which studies, uid int64 (B,), keep their label: bool (B,). A larger fraction keeps all that a smaller one keeps."""
-    return noise.uniform(noise.chain(job.seed, "label_fraction", uid), ()) < job.label_fraction
-
-
-def class_counts(job: FinetuneJob, release: Release) -> Tensor:
-    """Studies of every class among the labels that training may use: int64 (K,).
-
-    Raises:
-        DataError: the subjects table names a class that the schema does not have.
-    """
-    table = release.subjects()
-    train = [row for row, split in enumerate(table["split"].to_pylist()) if split == "train"]
-    labels, classes = table["label"].to_pylist(), release.schema.classes
-    if strange := sorted({labels[row] for row in train} - set(classes)):
-        found = f"{len(strange)} others"
-        raise DataError(explain("subjects.parquet: label", expected=", ".join(classes), found=found, remedy="Prepare again."))
-    uid = torch.tensor([table["uid"][row].as_py() for row in train], dtype=torch.int64)
-    used = [labels[row] for row, kept in zip(train, has_label(job, uid).tolist(), strict=True) if kept]
-    return torch.tensor([used.count(name) for name in classes])

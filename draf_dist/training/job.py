@@ -11,6 +11,7 @@ from draf_dist.data.corruption import TrainingCorruption
 from draf_dist.errors import SpecError, explain
 from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.draf import DrafConfig
+from draf_dist.objectives.finetune import FinetuneObjectiveConfig
 from draf_dist.objectives.fusion import FusionObjectiveConfig
 from draf_dist.storage import has_credentials
 from draf_dist.training.watch.bad_loss import BadLoss
@@ -111,7 +112,7 @@ class FinetuneJob(TrainJob):
 
     kind: Literal["finetune"] = "finetune"
     model: FusionConfig = DrafConfig()
-    objective: FusionObjectiveConfig = FusionObjectiveConfig()
+    objective: FinetuneObjectiveConfig = FusionObjectiveConfig()
     pretrained: dict[str, str] = {}
     # Left out of the stored form where they are not set: jobs from before there was such a thing keep their names.
     warm_start: str | None = Field(None, exclude_if=lambda url: url is None)

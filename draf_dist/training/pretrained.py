@@ -5,7 +5,6 @@ from torch import nn
 from draf_dist.errors import SpecError, explain
 from draf_dist.models.backbones import Backbones, module_name
 from draf_dist.models.encoder_export import ENCODER_DESCRIPTION, ENCODER_FILES, ExportedEncoder, read_description, read_encoder
-from draf_dist.models.encoders import EncoderChoice
 from draf_dist.schema.modality import DataSchema
 from draf_dist.training.earlier_run import check_pin, finished_run, split_pin
 from draf_dist.training.run_folder import MODEL, RunFolder
@@ -39,22 +38,28 @@ def load_encoder(pinned_url: str) -> ExportedEncoder:
     return read_encoder(files, where=store.where(MODEL))
 
 
-def start_from(model: nn.Module, pretrained: dict[str, str], schema: DataSchema, encoders: EncoderChoice, width: int) -> None:
+def start_from(model: nn.Module, pretrained: dict[str, str], schema: DataSchema) -> None:
     """Copies pre-trained parameters into the backbones of a new model; everything else stays as the seed made it.
 
-    pretrained: modality -> pinned URL. encoders, width: those that the model was built with.
+    pretrained: modality -> pinned URL.
 
     Raises:
-        SpecError: a modality that the release does not have, or an encoder that does not fit it. See also load_encoder.
+        SpecError: a model without encoders; a modality that the release does not have, or an encoder that does not fit it. See also
+            load_encoder.
     """
     specs = {spec.name: spec for spec in schema.modalities}
+    places = [module for module in model.modules() if isinstance(module, Backbones)]
+    if pretrained and not places:
+        remedy = "Leave `pretrained` out, or choose a model with encoders."
+        raise SpecError(explain("pretrained", expected="a model with encoders", found="one that reads raw inputs", remedy=remedy))
     for name, url in pretrained.items():
         if name not in specs:
             remedy = f"Known: {', '.join(specs)}."
             raise SpecError(explain("pretrained", expected="modalities of the release", found=repr(name), remedy=remedy))
         exported = load_encoder(url)
-        exported.description.check_fits(specs[name], encoders.of(specs[name]), width, where=f"pretrained.{name}")
-        for backbones in (module for module in model.modules() if isinstance(module, Backbones)):
+        for backbones in places:
+            encoder = backbones.choice.of(specs[name])
+            exported.description.check_fits(specs[name], encoder, backbones.width, where=f"pretrained.{name}")
             backbones.encoders[module_name(name)].load_state_dict(exported.encoder.state_dict())
 
 

@@ -87,8 +87,9 @@ def _fits_at(campaign: CampaignJob, point: dict[str, Value]) -> bool:
 
 
 def _fits(pretrain: PretrainJob, finetune: FinetuneJob, spec: ModalitySpec) -> bool:
-    theirs, ours = encoder_config(pretrain.encoder, spec), finetune.model.encoders.of(spec)
-    return (theirs, pretrain.width) == (ours, finetune.model.width)
+    choice, width = getattr(finetune.model, "encoders", None), getattr(finetune.model, "width", None)
+    # A model that reads raw inputs has none that could be taken over.
+    return choice is not None and (encoder_config(pretrain.encoder, spec), pretrain.width) == (choice.of(spec), width)
 
 
 def _modality(campaign: CampaignJob, pretrain: PretrainJob) -> ModalitySpec | None:

@@ -258,9 +258,9 @@ def test_models_without_a_scale_leave_the_validation_data_unread() -> None:
 
 def test_prevalence_is_the_share_of_each_training_class() -> None:
     model = build_model(DrafConfig(width=8, encoders=SMALL_ENCODERS, u_space="prior_shifted"), SCHEMA, seed=0)
-    set_prevalence(model, torch.tensor([90, 10]))
+    set_prevalence(model, torch.tensor([90, 10]), torch.tensor([100, 100]))
     torch.testing.assert_close(model.log_prevalence.exp(), torch.tensor([0.9, 0.1]))
-    set_prevalence(model, torch.tensor([100, 0]))
+    set_prevalence(model, torch.tensor([100, 0]), torch.tensor([100, 100]))
     assert model.log_prevalence.isfinite().all()
 
 

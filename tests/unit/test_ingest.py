@@ -207,7 +207,7 @@ HR, TEMPERATURE = SCHEMA.modalities[1].variables  # type: ignore[union-attr]
         (changed_schema(name="signs"), "modalities cxr, vitals, history, found cxr, signs, history"),
         (
             SCHEMA.model_copy(update={"label": SCHEMA.label.model_copy(update={"classes": ("died", "survived")})}),
-            "label death with classes survived, died, found label death with classes died, survived",
+            "label death with survived, died, found label death with died, survived",
         ),
     ],
     ids=["step", "unit", "range", "variable gone", "order", "modality", "label"],

@@ -10,6 +10,7 @@ import torch
 from volume_export import NUM_PATIENTS, export, scan, write_export
 from volume_inputs import change_dicom
 
+from draf_dist.data.loader import evaluation_batches
 from draf_dist.data.normalise import Normaliser
 from draf_dist.data.prepare import inspect_source, prepare
 from draf_dist.data.release import Release, index_path, open_release, tar_path
@@ -200,8 +201,16 @@ def test_the_card_fills_in_what_follows_from_the_rest(raw: Path) -> None:
     assert (mr.chunk, mr.clip, mr.fill, mr.unit) == ((16, 16, 16), None, 0, "")
 
 
-@pytest.mark.parametrize("choice", [{}, {"by_name": {"ct": {"kind": "image2d"}}}])
-def test_a_model_on_volumes_is_refused_with_a_reason(release: Release, choice: dict[str, object]) -> None:
-    config = ConcatConfig(encoders=EncoderChoice.model_validate(choice))
-    with pytest.raises(SpecError, match="ct: expected a modality of kind image, series or table, found volume. Volumes can be"):
+def test_a_model_reads_volumes_as_the_loader_delivers_them(release: Release) -> None:
+    model = build_model(ConcatConfig(width=4), release.schema, seed=0)
+    normalise = Normaliser(release.schema, release.stats)
+    batch = normalise(next(evaluation_batches(release, "train", 2)))
+    logits = model(batch, torch.arange(2 * batch.num_rows).view(2, -1)).logits
+    assert logits.shape == (2, batch.num_rows, 2)
+    assert logits.isfinite().all()
+
+
+def test_an_encoder_of_another_kind_is_refused_for_a_volume(release: Release) -> None:
+    config = ConcatConfig(encoders=EncoderChoice.model_validate({"by_name": {"ct": {"kind": "image2d"}}}))
+    with pytest.raises(SpecError, match="image2d for ct: expected a modality of kind image, found volume"):
         build_model(config, release.schema, seed=0)

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from draf_dist.config.spec import Spec
 from draf_dist.models.encoders.kinds import wrong_kind
+from draf_dist.models.encoders.steps import counted_steps, masked_mean
 from draf_dist.models.layers import Projection
 from draf_dist.models.mc import MCDropout, per_pass
 from draf_dist.schema.batch import SeriesInput
@@ -64,7 +65,7 @@ class SeriesTransformer(nn.Module):
         values = torch.cat([series.values, series.observed.to(series.values.dtype)], dim=-1)
         hidden = (self.embedding(values) + self.positions).unsqueeze(0)
         # A row without a step attends to its zeros: a softmax over nothing is NaN in some kernels of SDPA, 0 in others.
-        attended = _steps(series) | (series.length == 0).unsqueeze(1)
+        attended = counted_steps(series) | (series.length == 0).unsqueeze(1)
         for block in self.blocks:
             hidden = block(hidden, attended, keys)
         tokens: Tensor = self.norm(hidden)
@@ -72,17 +73,12 @@ class SeriesTransformer(nn.Module):
 
     def pool(self, tokens: Tensor, series: SeriesInput, keys: Tensor) -> Tensor:
         """Features (S, B, width) of the tokens of this series."""
-        features: Tensor = self.projection(_masked_mean(tokens, _steps(series)), keys)
+        features: Tensor = self.projection(masked_mean(tokens, counted_steps(series)), keys)
         return features
 
     def checkpointed_blocks(self) -> nn.ModuleList:
         """See HasBlocks."""
         return self.blocks
-
-
-def _steps(series: SeriesInput) -> Tensor:
-    """Which steps count: bool (B, T)."""
-    return torch.arange(series.values.shape[1], device=series.length.device) < series.length.unsqueeze(1)
 
 
 class AttentionBlock(nn.Module):
@@ -118,9 +114,3 @@ class AttentionBlock(nn.Module):
         mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=0.0)
         result: Tensor = self.output(mixed.transpose(1, 2).reshape(rows, steps, hidden))
         return result
-
-
-def _masked_mean(tokens: Tensor, counts: Tensor) -> Tensor:
-    """Mean of (S, B, T, hidden) over the steps that count (B, T); 0 where none does."""
-    weights = counts.unsqueeze(-1).to(tokens.dtype)
-    return (tokens * weights).sum(2) / weights.sum(1).clamp_min(1)

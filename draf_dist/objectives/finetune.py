@@ -1,0 +1,35 @@
+"""What fine-tuning minimises: one objective a file. Adding one is one file, one line in the union and one in build_objective."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Discriminator, Tag
+
+from draf_dist.losses.gather import Gather
+from draf_dist.objectives.aum import AumObjective, AumObjectiveConfig
+from draf_dist.objectives.drfuse import DrfuseObjective, DrfuseObjectiveConfig
+from draf_dist.objectives.fusion import FusionObjective, FusionObjectiveConfig
+from draf_dist.schema.modality import DataSchema
+
+
+def _kind(value: object) -> str:
+    """Most jobs don't say it: that of all models without losses of their own."""
+    return str(value.get("kind", "fusion")) if isinstance(value, Mapping) else getattr(value, "kind", "")
+
+
+FinetuneObjectiveConfig = Annotated[
+    Annotated[FusionObjectiveConfig, Tag("fusion")]
+    | Annotated[AumObjectiveConfig, Tag("aum")]
+    | Annotated[DrfuseObjectiveConfig, Tag("drfuse")],
+    Discriminator(_kind),
+]
+FinetuneObjective = FusionObjective | AumObjective | DrfuseObjective
+
+
+def build_objective(config: FinetuneObjectiveConfig, schema: DataSchema, gather: Gather) -> FinetuneObjective:
+    """The objective of a job. gather: the rows of all ranks, for terms that look at the whole batch."""
+    match config:
+        case AumObjectiveConfig():
+            return config.build(schema, gather)
+        case _:
+            return config.build()

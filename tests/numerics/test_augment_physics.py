@@ -1,0 +1,420 @@
+"""O12, and the closed forms of what scanners do to images: k-space, hardening of beams, counts of quanta, coils, windows."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.polynomial import legendre
+from scipy.stats import norm, poisson
+from torch import Tensor
+
+from draf_dist import noise
+from draf_dist.augment import (
+    BeamHardening,
+    BiasField,
+    Cupping,
+    GibbsRinging,
+    KSpaceUndersampling,
+    PoissonNoise,
+    RicianNoise,
+    Window,
+)
+from draf_dist.augment.poisson_noise import poisson_counts
+from draf_dist.augment.radon import detectors, filtered_back_projection, project
+
+
+def keys_of(count: int) -> Tensor:
+    return noise.sample_keys(11, "physics", None, torch.arange(count), 1)[0]
+
+
+def magnitudes(*shape: int) -> Tensor:
+    """Intensities that are not negative."""
+    return noise.uniform(keys_of(shape[0]), shape[1:])
+
+
+# k-space
+
+
+def test_oracle_of_the_ramp_whose_rows_become_their_means() -> None:
+    ramp = torch.arange(16.0).view(1, 1, 4, 4)
+    only_dc = torch.tensor([[False, False, True, False]])
+    result = KSpaceUndersampling().apply(ramp, {"mask": only_dc})
+    expected = torch.tensor([1.5, 5.5, 9.5, 13.5]).view(4, 1).expand(4, 4)
+    torch.testing.assert_close(result[0, 0], expected, rtol=0, atol=1e-6)
+
+
+def test_along_the_other_axis_columns_become_their_means() -> None:
+    ramp = torch.arange(16.0).view(1, 1, 4, 4)
+    only_dc = torch.tensor([[False, False, True, False]])
+    result = KSpaceUndersampling(phase_axis="height").apply(ramp, {"mask": only_dc})
+    torch.testing.assert_close(result[0, 0], torch.tensor([6.0, 7.0, 8.0, 9.0]).expand(4, 4), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 32, 40), (3, 2, 17, 23), (2, 1, 5, 16, 21)])
+def test_an_acceleration_of_one_changes_nothing(shape: tuple[int, ...]) -> None:
+    config, image = KSpaceUndersampling(accelerations=(1,)), magnitudes(*shape)
+    parameters = config.sample(keys_of(shape[0]), shape[2:])
+    assert parameters["mask"].all()
+    torch.testing.assert_close(config.apply(image, parameters), image, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 24, 30), (4, 2, 9, 25), (4, 1, 3, 16, 21)])
+@pytest.mark.parametrize("phase_axis", ["height", "width"])
+def test_it_is_the_shifted_transform_of_both_axes_masked_and_inverted(shape: tuple[int, ...], phase_axis: str) -> None:
+    config = KSpaceUndersampling.model_validate({"phase_axis": phase_axis})
+    image = magnitudes(*shape)
+    parameters = config.sample(keys_of(shape[0]), shape[2:])
+    mask = parameters["mask"].numpy()
+    mask = mask.reshape(len(mask), *([1] * (len(shape) - 2)), -1)
+    mask = np.swapaxes(mask, -1, -2) if phase_axis == "height" else mask
+    spectrum = np.fft.fftshift(np.fft.fft2(image.double().numpy()), axes=(-2, -1))
+    expected = np.abs(np.fft.ifft2(np.fft.ifftshift(spectrum * mask, axes=(-2, -1))))
+    np.testing.assert_allclose(config.apply(image, parameters).numpy(), expected, rtol=0, atol=1e-6)
+
+
+def test_the_energy_that_is_left_is_that_of_the_measured_lines() -> None:
+    """Parseval: sum |x'|^2 = 1/N sum over measured lines of |X|^2."""
+    config, image = KSpaceUndersampling(), magnitudes(8, 1, 20, 31)
+    parameters = config.sample(keys_of(8), (20, 31))
+    spectrum = np.fft.fftshift(np.fft.fft(image.double().numpy()), axes=-1)
+    measured = parameters["mask"].numpy()[:, None, None]
+    expected = (np.abs(spectrum) ** 2 * measured).sum((1, 2, 3)) / 31
+    energy = config.apply(image, parameters).square().sum((1, 2, 3))
+    np.testing.assert_allclose(energy.numpy(), expected, rtol=1e-5)
+    assert (energy < image.square().sum((1, 2, 3))).all()
+
+
+@pytest.mark.parametrize(("lines", "fraction", "centre"), [(100, 0.08, 8), (100, 0.07, 7), (224, 0.08, 18), (33, 0.04, 2), (5, 1.0, 5)])
+def test_the_centre_is_always_measured(lines: int, fraction: float, centre: int) -> None:
+    """With an acceleration that leaves no other line: ceil(fc N) lines about frequency 0."""
+    config = KSpaceUndersampling(accelerations=(1000,), centre_fractions=(fraction,))
+    mask = config.sample(keys_of(50), (8, lines))["mask"]
+    assert (mask.sum(dim=1) == centre).all()
+    place = mask[0].nonzero().flatten()
+    assert torch.equal(place, torch.arange(centre) + int(place[0]))
+    assert lines // 2 in place.tolist()
+    assert abs(int(place[0] + place[-1]) - 2 * (lines // 2)) <= 1
+
+
+@pytest.mark.parametrize("acceleration", [2, 4, 6, 8])
+def test_one_line_in_r_is_measured(acceleration: int) -> None:
+    mask = KSpaceUndersampling(accelerations=(acceleration,)).sample(keys_of(2000), (8, 200))["mask"]
+    assert mask.float().mean().item() == pytest.approx(1 / acceleration, rel=0.02)
+
+
+def test_accelerations_and_centres_are_drawn_independently_from_the_lists() -> None:
+    parameters = KSpaceUndersampling().sample(keys_of(8000), (8, 100))
+    cells = torch.stack([parameters["acceleration"], parameters["centre_fraction"]], dim=1)
+    values, counts = cells.unique(dim=0, return_counts=True)
+    assert [tuple(pair) for pair in values.tolist()] == [
+        (r, pytest.approx(fc)) for r in (2.0, 4.0, 6.0, 8.0) for fc in (0.04, 0.08)
+    ]
+    assert (counts - 1000).abs().max() < 130
+
+
+def test_one_mask_is_shared_by_all_slices_and_channels() -> None:
+    config, volume = KSpaceUndersampling(), magnitudes(2, 2, 4, 12, 26)
+    parameters = config.sample(keys_of(2), (4, 12, 26))
+    whole = config.apply(volume, parameters)
+    for channel in range(2):
+        for depth in range(4):
+            one = config.apply(volume[:, channel : channel + 1, depth], parameters)
+            torch.testing.assert_close(whole[:, channel : channel + 1, depth], one)
+
+
+def test_after_standardisation_it_would_fold_the_signs() -> None:
+    config = KSpaceUndersampling(accelerations=(1,))
+    z = magnitudes(2, 1, 16, 16) - 0.5
+    torch.testing.assert_close(config.apply(z, config.sample(keys_of(2), (16, 16))), z.abs(), rtol=0, atol=1e-6)
+
+
+# Gibbs ringing
+
+
+def test_a_k_space_kept_whole_changes_nothing() -> None:
+    for size in ((16, 20), (17, 23), (3, 9, 12)):
+        image = magnitudes(3, 1, *size)
+        torch.testing.assert_close(GibbsRinging().apply(image, {"kept": torch.ones(3)}), image, rtol=0, atol=1e-6)
+
+
+def test_an_edge_overshoots_by_nine_percent_of_its_height_whatever_is_kept() -> None:
+    """Wilbraham and Gibbs: the ripple of a truncated Fourier series is 8.95 % of the jump."""
+    edge = torch.full((2, 1, 8, 4096), 1.0)
+    edge[..., 1024:3072] = 3.0
+    result = GibbsRinging().apply(edge, {"kept": torch.tensor([0.02, 0.05])})
+    for row in result:
+        assert ((row.max() - 3) / 2).item() == pytest.approx(0.0895, abs=0.002)
+    torch.testing.assert_close(result.mean((1, 2, 3)), edge.mean((1, 2, 3)))
+
+
+def test_what_is_kept_is_a_rectangle_of_both_axes() -> None:
+    image = magnitudes(1, 1, 32, 32) + 5
+    result = GibbsRinging().apply(image, {"kept": torch.tensor([0.5])})
+    spectrum = torch.fft.fft2(result)[0, 0].abs()
+    frequency = torch.fft.fftfreq(32).abs()
+    outside = (frequency[:, None] > 0.25) | (frequency > 0.25)
+    assert spectrum[outside].max() < 1e-3
+    torch.testing.assert_close(spectrum[~outside], torch.fft.fft2(image)[0, 0].abs()[~outside], rtol=1e-4, atol=1e-3)
+
+
+# Rician noise
+
+
+def test_the_second_moment_of_a_rician_value() -> None:
+    """E y^2 = x^2 + 2 s^2, s in units of the greatest value."""
+    image = torch.full((4, 1, 200, 200), 0.3)
+    image[..., 0, 0] = 2.0
+    config = RicianNoise(sigma=(0.1, 0.1))
+    result = config.apply(image, config.sample(keys_of(4), (200, 200)))
+    assert result.square()[..., 1:, :].mean().item() == pytest.approx(0.3**2 + 2 * 0.2**2, rel=0.01)
+    assert (result >= 0).all()
+
+
+def test_air_becomes_rayleigh() -> None:
+    """Where there is no signal: mean s sqrt(pi / 2), variance s^2 (2 - pi / 2)."""
+    image = torch.zeros(4, 1, 200, 200)
+    image[..., 0, 0] = 1.0
+    config = RicianNoise(sigma=(0.05, 0.05))
+    air = config.apply(image, config.sample(keys_of(4), (200, 200)))[..., 1:, :]
+    assert air.mean().item() == pytest.approx(0.05 * math.sqrt(math.pi / 2), rel=0.01)
+    assert air.var().item() == pytest.approx(0.05**2 * (2 - math.pi / 2), rel=0.02)
+
+
+def test_no_noise_is_no_change_and_the_scale_of_the_numbers_does_not_matter() -> None:
+    image = magnitudes(3, 1, 16, 17)
+    torch.testing.assert_close(RicianNoise().apply(image, {"sigma": torch.zeros(3), "key": keys_of(3)}), image)
+    parameters = RicianNoise().sample(keys_of(3), (16, 17))
+    torch.testing.assert_close(RicianNoise().apply(image * 512, parameters), RicianNoise().apply(image, parameters) * 512)
+
+
+# Bias field
+
+
+def places(length: int) -> np.ndarray:
+    return (np.arange(length) + 0.5) / length * 2 - 1
+
+
+@pytest.mark.parametrize("degree", [1, 3, 5])
+def test_the_field_is_that_of_numpys_legendre_series(degree: int) -> None:
+    config = BiasField(degree=degree)
+    flat = config.sample(keys_of(3), (12, 17))
+    field = config.apply(torch.ones(3, 1, 12, 17), flat)
+    deep = config.sample(keys_of(3), (5, 12, 17))
+    fields = config.apply(torch.ones(3, 2, 5, 12, 17), deep)
+    for row in range(3):
+        expected = legendre.leggrid2d(places(12), places(17), flat["coefficients"][row].double().numpy())
+        np.testing.assert_allclose(field[row, 0].log().numpy(), expected, rtol=0, atol=1e-5)
+        expected = legendre.leggrid3d(places(5), places(12), places(17), deep["coefficients"][row].double().numpy())
+        np.testing.assert_allclose(fields[row, 1].log().numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_coefficients_are_within_their_bound_and_of_degree_one_to_three() -> None:
+    coefficients = BiasField().sample(keys_of(500), (8, 8, 8))["coefficients"]
+    degree = sum(torch.meshgrid(*([torch.arange(4)] * 3), indexing="ij"))
+    used = (degree >= 1) & (degree <= 3)
+    assert used.sum() == 19
+    assert (coefficients[:, ~used] == 0).all()
+    assert 0.299 < coefficients.abs().max() <= 0.3
+    assert coefficients[:, used].std().item() == pytest.approx(0.3 / math.sqrt(3), rel=0.02)
+
+
+def test_a_field_is_positive_and_leaves_air_at_zero() -> None:
+    config = BiasField()
+    image = magnitudes(20, 1, 16, 16)
+    image[..., :8] = 0
+    result = config.apply(image, config.sample(keys_of(20), (16, 16)))
+    assert (result[..., :8] == 0).all()
+    assert ((result > 0) == (image > 0)).all()
+
+
+# Beam hardening
+
+
+def test_oracle_of_a_ray_of_two_energies() -> None:
+    """w = (.5, .5), mu = (.2, .4) per cm, 10 cm: 2.5662192 and not 3; kappa = mu / .3."""
+    config = BeamHardening(kappas=(2 / 3, 4 / 3), strength=(1, 1))
+    p = torch.tensor([[3.0]], dtype=torch.float64)
+    taken = config.hardening(p, torch.ones(1, dtype=torch.float64))
+    assert (p + taken).item() == pytest.approx(2.5662192, abs=1e-7)
+    assert (p + taken).item() == pytest.approx(-math.log(0.5 * math.exp(-2) + 0.5 * math.exp(-4)), abs=1e-12)
+
+
+def test_one_energy_makes_no_artefact() -> None:
+    ct = 1000 * magnitudes(2, 1, 24, 24)
+    same = BeamHardening(kappas=(1.0, 1.0))
+    assert torch.equal(same.apply(ct, {"strength": torch.ones(2)}), ct)
+    assert torch.equal(BeamHardening().apply(ct, {"strength": torch.zeros(2)}), ct)
+
+
+def test_a_beam_of_many_energies_is_never_weakened_more() -> None:
+    p = torch.linspace(0, 30, 3001).expand(5, -1)
+    taken = BeamHardening().hardening(p, torch.linspace(0, 1, 5))
+    assert (taken <= 0).all()
+    assert (taken[1:, 1:] < 0).all()
+    assert (taken[:, 0] == 0).all()
+    assert (taken.diff(dim=0) <= 1e-6).all(), "the farther apart the energies, the more"
+    # Unit slope at 0: thin rays are as before.
+    assert taken[-1, 1].abs() < 1e-5
+
+
+def disc(side: int, radius: float, inside: float, outside: float) -> Tensor:
+    place = torch.arange(side) + 0.5 - side / 2
+    return torch.where(place[:, None] ** 2 + place**2 <= radius**2, inside, outside)[None]
+
+
+def test_rays_through_a_disc_are_its_chords() -> None:
+    sinogram = project(disc(128, 40, 1.0, 0.0), angles=30, pixel=0.5)
+    num = detectors(128, 128)
+    place = torch.arange(num) - (num - 1) / 2
+    chords = (40**2 - place**2).clamp_min(0).sqrt()
+    assert sinogram.shape == (1, 30, num)
+    assert (sinogram - chords).abs().max() < 1.5
+    assert (sinogram - chords).abs()[..., place.abs() < 36].max() < 0.6
+
+
+def test_every_direction_sees_the_same_mass() -> None:
+    slices = noise.uniform(keys_of(3), (30, 41))
+    mass = project(slices, angles=24, pixel=1.0).sum(-1)
+    torch.testing.assert_close(mass, slices.sum((1, 2))[:, None].expand_as(mass), rtol=0.01, atol=0)
+
+
+def test_back_projection_brings_the_slice_back() -> None:
+    slices = torch.cat([disc(96, 34, 0.2, 0.0), disc(96, 20, 0.5, 0.0)])
+    found = filtered_back_projection(project(slices, angles=180, pixel=0.3), 96, 96, pixel=0.3)
+    for image, again, radius, level in zip(slices, found, (34, 20), (0.2, 0.5), strict=True):
+        inner = disc(96, radius - 3, 1.0, 0.0)[0] > 0
+        assert again[inner].mean().item() == pytest.approx(level, rel=0.01)
+        outer = disc(96, radius + 3, 0.0, 1.0)[0] > 0
+        assert (again[outer] - image[outer]).abs().max() < 0.1 * level
+
+
+def water(side: int = 96, radius_cm: float = 15.0, pixel_mm: float = 4.0) -> Tensor:
+    return disc(side, radius_cm * 10 / pixel_mm, 0.0, -1000.0)[None]
+
+
+@pytest.mark.parametrize("resolution", [64, 128])
+def test_the_middle_of_a_uniform_disc_falls_below_its_rim(resolution: int) -> None:
+    config = BeamHardening(pixel_mm=4.0, resolution=resolution)
+    hardened = config.apply(water(), {"strength": torch.tensor([0.5])})[0, 0]
+    middle = hardened[44:52, 44:52].mean()
+    rim = torch.stack([hardened[48, 48 + 33], hardened[48, 48 - 34], hardened[48 + 33, 48], hardened[48 - 34, 48]]).mean()
+    assert middle < rim - 20
+    # All the way: a cup. Rings of 5 pixels, from the middle outwards.
+    place = torch.arange(96) + 0.5 - 48
+    radius = (place[:, None] ** 2 + place**2).sqrt()
+    rings = torch.stack([hardened[(radius >= low) & (radius < low + 5)].mean() for low in range(0, 35, 5)])
+    assert (rings.diff() > 0).all()
+
+
+def test_at_full_strength_thirty_centimetres_of_water_lose_a_fifth() -> None:
+    p = torch.tensor([[6.0]])
+    taken = BeamHardening().hardening(p, torch.ones(1))
+    assert (-taken / p).item() == pytest.approx(0.2, abs=0.05)
+
+
+def test_the_artefact_hardly_depends_on_the_grid_and_the_directions_it_is_computed_with() -> None:
+    strength = torch.tensor([0.5])
+    body = water()
+    body[0, 0, 40:46, 30:36] = 1000.0
+    coarse = BeamHardening(pixel_mm=4.0).artefact(body[0], strength)[0]
+    fine = BeamHardening(pixel_mm=4.0, resolution=96, angles=240).artefact(body[0], strength)[0]
+    inside = disc(96, 34, 1.0, 0.0)[0] > 0
+    assert (coarse - fine)[inside].abs().mean() < 0.05 * fine[inside].abs().mean()
+
+
+def test_every_slice_of_a_volume_is_a_scan_of_its_own() -> None:
+    config = BeamHardening(pixel_mm=4.0)
+    volume = torch.stack([water()[0, 0], torch.full((96, 96), -1000.0)])[None, None].expand(2, 1, 2, 96, 96)
+    result = config.apply(volume, {"strength": torch.tensor([0.5, 0.1])})
+    assert torch.equal(result[:, :, 1], volume[:, :, 1]), "air alone hardens nothing"
+    for row, strength in enumerate((0.5, 0.1)):
+        one = config.apply(water(), {"strength": torch.tensor([strength])})
+        torch.testing.assert_close(result[row : row + 1, :, 0], one)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"weights": (0.5, 0.4)}, {"kappas": (0.5, 1.4)}, {"kappas": (0.5, 1.0, 1.5)}, {"strength": (0, 4)}],
+)
+def test_a_spectrum_that_is_none_is_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=r"add up to 1|one weight for each|negative"):
+        BeamHardening(**wrong)
+
+
+# Cupping
+
+
+def test_a_cup_is_deepest_in_the_middle_and_ends_at_the_rim() -> None:
+    body = torch.full((1, 1, 41, 61), -1000.0)
+    place_y, place_x = torch.arange(41.0) - 20, torch.arange(61.0) - 35
+    squared = place_y[:, None] ** 2 + place_x**2
+    body[0, 0, squared <= 225] = 30.0
+    result = Cupping().apply(body, {"depth": torch.tensor([50.0])})
+    expected = torch.where(squared <= 225, 30 - 50 * (1 - squared / 225), -1000.0)
+    torch.testing.assert_close(result[0, 0], expected)
+
+
+def test_cups_of_volumes_are_those_of_their_slices_and_air_has_none() -> None:
+    volume = -1000 + 1100 * (magnitudes(2, 1, 3, 20, 22) > 0.7)
+    volume[:, :, 1] = -1000.0
+    parameters = Cupping().sample(keys_of(2), (3, 20, 22))
+    result = Cupping().apply(volume, parameters)
+    assert torch.equal(result[:, :, 1], volume[:, :, 1])
+    assert torch.equal(result[:, :, 2], Cupping().apply(volume[:, :, 2], parameters))
+    assert not torch.equal(result[:, :, 2], volume[:, :, 2])
+
+
+# Window
+
+
+def test_the_window_that_is_meant_clips_and_does_nothing_else() -> None:
+    ramp = torch.linspace(-1000, 1000, 401).view(1, 1, 1, -1)
+    parameters = {"centre": torch.tensor([40.0]), "width": torch.tensor([400.0])}
+    torch.testing.assert_close(Window().apply(ramp, parameters), ramp.clamp(-160, 240))
+
+
+def test_the_ends_of_another_window_are_the_ends_of_the_one_that_is_meant() -> None:
+    ends = torch.tensor([[44 - 240.0, 44.0, 44 + 240.0, 44 + 120.0, 3000.0]]).view(1, 1, 1, -1)
+    result = Window().apply(ends, {"centre": torch.tensor([44.0]), "width": torch.tensor([480.0])})
+    torch.testing.assert_close(result.flatten(), torch.tensor([-160.0, 40.0, 240.0, 140.0, 240.0]))
+
+
+def test_windows_stay_within_ten_and_twenty_percent() -> None:
+    parameters = Window(centre=-600, width=1500).sample(keys_of(3000), (8, 8))
+    assert -660 <= parameters["centre"].min() < -657
+    assert -543 < parameters["centre"].max() <= -540
+    assert 1200 <= parameters["width"].min() < 1203
+    assert 1797 < parameters["width"].max() <= 1800
+
+
+# Counts of quanta
+
+
+@pytest.mark.parametrize(("mean", "exact"), [(5.0, 0.97), (20.0, 0.99), (100.0, 0.99), (2000.0, 0.99)])
+def test_counts_are_the_quantiles_of_the_poisson_distribution(mean: float, exact: float) -> None:
+    keys, num = keys_of(1), 100_000
+    z = noise.normal(keys, (num,)).double().numpy()
+    quantiles = poisson.ppf(norm.cdf(z), mean)
+    counts = poisson_counts(torch.full((1, num), mean), keys).numpy()
+    assert (counts == quantiles).mean() > exact
+    assert np.abs(counts - quantiles).max() <= 1
+    assert counts.mean() == pytest.approx(mean, rel=0.01)
+    assert counts.var() == pytest.approx(mean, rel=0.02)
+
+
+def test_dense_parts_are_noisier_by_the_root_of_what_they_let_through() -> None:
+    """x' = (white / a) ln(photons / N): deviation (white / a) / sqrt(N)."""
+    config = PoissonNoise(photons=(10_000, 10_000))
+    image = torch.cat([torch.full((1, 1, 200, 200), grey) for grey in (0.0, 127.5, 255.0)])
+    result = config.apply(image, config.sample(keys_of(3), (200, 200)))
+    for row, grey, count in zip(result, (0.0, 127.5, 255.0), (10_000, 1_000, 100), strict=True):
+        expected = 255 / math.log(100) / math.sqrt(count)
+        assert row.std().item() == pytest.approx(expected, rel=0.03)
+        assert row.mean().item() == pytest.approx(grey, abs=0.02 * expected + 255 / math.log(100) / count)
+
+
+def test_with_quanta_without_end_there_is_no_noise() -> None:
+    image = 255 * magnitudes(2, 1, 16, 16)
+    config = PoissonNoise(photons=(1e12, 1e12))
+    torch.testing.assert_close(config.apply(image, config.sample(keys_of(2), (16, 16))), image, rtol=0, atol=0.01)
