@@ -65,7 +65,8 @@ def measure(calls: dict[str, Callable[[], object]], rounds: int) -> list[Round]:
     names, found = list(calls), []
     for number in range(rounds + 1):
         turn = number % len(names)
-        found.append({name: seconds_of(calls[name]) for name in (*names[turn:], *names[:turn])})
+        seconds = {name: seconds_of(calls[name]) for name in (*names[turn:], *names[:turn])}
+        found.append({name: seconds[name] for name in names})
     return found[1:]
 
 

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from draf_dist import noise
 from draf_dist.augment.bounds import NotNegative
-from draf_dist.augment.radon import filtered_back_projection, project
-from draf_dist.augment.transform import Parameters, Size, between
+from draf_dist.augment.radon import detectors, filtered_back_projection, project
+from draf_dist.augment.transform import Parameters, Size, between, rows_of_block
 from draf_dist.config.spec import Spec
 
 Shares = tuple[Annotated[float, Field(gt=0)], ...]
@@ -67,8 +67,13 @@ class BeamHardening(Spec):
         coarse = functional.interpolate(slices[None], size=small, mode="area")[0]
         pixel_cm = self.pixel_mm / 10 * shrink
         mu = (1 + coarse / 1000).clamp_min_(0).mul_(self.mu_water_per_cm)
-        sinogram = self.hardening(project(mu, angles=self.angles, pixel=pixel_cm), strength)
-        found = filtered_back_projection(sinogram, *small, pixel=pixel_cm) * (1000 / self.mu_water_per_cm)
+        # As many slices at a time as leave the rays of one direction in the cache.
+        rows = rows_of_block(detectors(*small) ** 2, mu)
+        parts = []
+        for some, their in zip(mu.split(rows), strength.split(rows), strict=True):
+            sinogram = self.hardening(project(some, angles=self.angles, pixel=pixel_cm), their)
+            parts.append(filtered_back_projection(sinogram, *small, pixel=pixel_cm))
+        found = torch.cat(parts).mul_(1000 / self.mu_water_per_cm)
         return functional.interpolate(found[None], size=(height, width), mode="bilinear", align_corners=False)[0]
 
     def hardening(self, projection: Tensor, strength: Tensor) -> Tensor:

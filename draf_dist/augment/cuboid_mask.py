@@ -34,13 +34,32 @@ class CuboidMask(Spec):
 
     def apply(self, image: Tensor, parameters: Parameters) -> Tensor:
         """The images without the pixels whose centre lies in a box."""
-        low, high, size = parameters["low"], parameters["high"], image.shape[2:]
-        inside = torch.zeros((image.shape[0], *size), dtype=torch.bool, device=image.device)
+        low, high = parameters["low"], parameters["high"]
+        return without_slices(image, low, high) if image.is_cpu else without_mask(image, low, high)
+
+
+def without_slices(image: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Box by box, which touches few pixels: for the CPU, where asking for a box costs nothing."""
+    ends = []
+    for axis, length in enumerate(image.shape[2:]):
+        at = centres(length, image.device)
+        ends.append([(at < corner[:, :, axis, None]).sum(-1).tolist() for corner in (low, high)])
+    kept = image.clone()
+    for row in range(low.shape[0]):
         for box in range(low.shape[1]):
-            within = torch.ones((), dtype=torch.bool, device=image.device)
-            for axis, length in enumerate(size):
-                at = centres(length, image.device)
-                on = (low[:, box, axis, None] <= at) & (at < high[:, box, axis, None])
-                within = within & on_axis(on, axis, size)
-            inside |= within
-        return torch.where(inside[:, None], 0.0, image)
+            kept[row][(slice(None), *(slice(start[row][box], stop[row][box]) for start, stop in ends))] = 0
+    return kept
+
+
+def without_mask(image: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The same with a few operations on all rows, on any device."""
+    size = image.shape[2:]
+    inside = torch.zeros((image.shape[0], *size), dtype=torch.bool, device=image.device)
+    for box in range(low.shape[1]):
+        within = torch.ones((), dtype=torch.bool, device=image.device)
+        for axis, length in enumerate(size):
+            at = centres(length, image.device)
+            on = (low[:, box, axis, None] <= at) & (at < high[:, box, axis, None])
+            within = within & on_axis(on, axis, size)
+        inside |= within
+    return torch.where(inside[:, None], 0.0, image)

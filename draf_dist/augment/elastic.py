@@ -1,6 +1,7 @@
 """A smooth deformation that never folds the image."""
 
 import functools
+import math
 from itertools import pairwise
 from typing import Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from draf_dist import noise
 from draf_dist.augment.bounds import Fractions
-from draf_dist.augment.transform import Parameters, Size, between, centres, on_axis, resample
+from draf_dist.augment.transform import Parameters, Size, between, centres, on_axis, resample, rows_of_block
 from draf_dist.config.spec import Spec
 
 # The largest sum of |d u_i / d x_j| over j that is let through; below 1 the Jacobian I + du/dx is diagonally dominant.
@@ -35,7 +36,8 @@ class Elastic(Spec):
         axes, side = len(size), self.cells + 3
         draws = noise.uniform(keys, (1 + axes * side**axes,))
         control = (2 * draws[:, 1:] - 1).view(-1, axes, *(side for _ in size))
-        peak = _largest(spline(control, size))
+        rows = rows_of_block(axes * math.prod(size), control)
+        peak = torch.cat([_largest(spline(part, size)) for part in control.split(rows)])
         wanted = between(draws[:, 0], self.displacement) / peak.clamp_min(1e-6)
         allowed = STEEPEST / self._steepness(control).clamp_min(1e-6)
         return {"control": control * torch.minimum(wanted, allowed).view(-1, *(1 for _ in control.shape[1:]))}
@@ -56,8 +58,11 @@ class Elastic(Spec):
 
 def spline(control: Tensor, size: Size) -> Tensor:
     """The uniform cubic B-spline of control (B, components, n + 3, ..) at pixel centres: (B, components, *size)."""
-    for axis, length in enumerate(size):
-        control = _along(control, 2 + axis, length)
+    if len(size) == 2:
+        # The order of the axes is in the rounding, and images have always begun with y. What is last runs over whole columns.
+        return _along(_along(control.transpose(2, 3).contiguous(), 3, size[0]), 2, size[1]).transpose(2, 3)
+    for axis in reversed(range(len(size))):
+        control = _along(control, 2 + axis, size[axis])
     return control
 
 
@@ -90,5 +95,5 @@ def _taps(cells: int, length: int, device: torch.device) -> tuple[list[int], Ten
 
 def _largest(field: Tensor) -> Tensor:
     """The largest component in size, (B,)."""
-    low, high = field.flatten(1).aminmax(dim=1)
-    return torch.maximum(-low, high)
+    axes = tuple(range(1, field.ndim))
+    return torch.maximum(field.amax(axes), -field.amin(axes))

@@ -18,7 +18,7 @@ from draf_dist.augment.k_space import KSpaceUndersampling
 from draf_dist.augment.poisson_noise import PoissonNoise
 from draf_dist.augment.rician_noise import RicianNoise
 from draf_dist.augment.rotate_scale import RotateScale
-from draf_dist.augment.transform import Parameters
+from draf_dist.augment.transform import Applied, Parameters, in_blocks
 from draf_dist.augment.views import View, Views, refuse_twice, view_keys
 from draf_dist.augment.warp import warp
 from draf_dist.augment.window import Window
@@ -66,14 +66,16 @@ class Preset(Spec):
         keys, size = view_keys(stream, seed, epoch, uid), tuple(image.shape[2:])
         crop = self.crop.sample(keys("crop"), size)
         steps = (*self.acquisition, self.rotate_scale, self.elastic, *self.transforms)
-        first, second = (
-            self.view(image, scale, crop, {step.kind: step.sample(keys(f"{number}/{step.kind}"), size) for step in steps})
-            for number in (1, 2)
-        )
+        drawn = ({step.kind: step.sample(keys(f"{number}/{step.kind}"), size) for step in steps} for number in (1, 2))
+        first, second = (self.view(image, scale, crop, applied) for applied in drawn)
         return Views(first, second, crop["region"], crop)
 
-    def view(self, image: Tensor, scale: tuple[Tensor, Tensor], crop: Parameters, applied: dict[str, Parameters]) -> View:
-        """One view under the parameters of every step: `make` again, from its record."""
+    def view(self, image: Tensor, scale: tuple[Tensor, Tensor], crop: Parameters, applied: Applied) -> View:
+        """One view under the parameters of the crop and of every step: `make` again, from its record."""
+        steps = {self.crop.kind: crop, **applied}
+        return View(in_blocks(image, steps, lambda part, mine: self._apply(part, scale, mine)), applied)
+
+    def _apply(self, image: Tensor, scale: tuple[Tensor, Tensor], applied: Applied) -> Tensor:
         mean, deviation = scale
         if self.acquisition:
             image = image * deviation + mean
@@ -81,10 +83,10 @@ class Preset(Spec):
                 image = step.apply(image, applied[step.kind])
             image = (image - mean).div_(deviation)
         posture = self.rotate_scale.affine(applied["rotate_scale"], tuple(image.shape[2:]))
-        image = warp(image, self.crop.affine(crop).of(posture), applied["elastic"]["control"])
+        image = warp(image, self.crop.affine(applied["random_crop"]).of(posture), applied["elastic"]["control"])
         for transform in self.transforms:
             image = transform.apply(image, applied[transform.kind])
-        return View(image, applied)
+        return image
 
 
 class CtPreset(Preset):

@@ -55,7 +55,7 @@ class RotateScale(Spec):
         points = []
         for row, extent in zip(_inverse_rotation(parameters), extents, strict=True):
             turned = [on_axis(part[:, None], 0, size) * place for part, place in zip(row, at, strict=True)]
-            points.append(sum(turned[1:], turned[0]) / factor / extent + 0.5)
+            points.append(sum(turned[1:], turned[0]).div_(factor).div_(extent).add_(0.5))
         return resample(image, *points)
 
     def affine(self, parameters: Parameters, size: Size) -> Affine:

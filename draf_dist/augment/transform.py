@@ -1,5 +1,7 @@
 """What every transform of this folder has in common."""
 
+import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -8,6 +10,9 @@ from torch.nn import functional
 
 # What was applied to each sample, by name, first axis B. `apply` reads nothing else, so a record repeats the view.
 Parameters = dict[str, Tensor]
+
+# Kind of transform -> its parameters.
+Applied = dict[str, Parameters]
 
 # (H, W) of images, (D, H, W) of volumes.
 Size = tuple[int, ...]
@@ -26,6 +31,28 @@ class Transform(Protocol):
     def apply(self, image: Tensor, parameters: Parameters) -> Tensor:
         """The images under their parameters, a new tensor."""
         ...
+
+
+# Values of one block. On the CPU what is made of them stays in the cache; a GPU wants few large kernels.
+BLOCK_CPU = 1 << 18
+
+
+def rows_of_block(values: int, like: Tensor) -> int:
+    """How many rows of so many values each are worked on at once, on the device of `like`."""
+    return max(1, BLOCK_CPU // values) if like.is_cpu else max(1, len(like))
+
+
+def in_blocks(image: Tensor, applied: Applied, run: Callable[[Tensor, Applied], Tensor]) -> Tensor:
+    """run(image, applied), a block of rows at a time. As no row depends on another, the result does not depend on it."""
+    rows = rows_of_block(math.prod(image.shape[1:]), image)
+    if rows >= len(image):
+        return run(image, applied)
+    parts = []
+    for start in range(0, len(image), rows):
+        here = slice(start, start + rows)
+        mine = {kind: {name: values[here] for name, values in parameters.items()} for kind, parameters in applied.items()}
+        parts.append(run(image[here], mine))
+    return torch.cat(parts)
 
 
 def between(uniform: Tensor, bounds: tuple[float, float]) -> Tensor:

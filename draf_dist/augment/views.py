@@ -14,7 +14,7 @@ from draf_dist.augment.elastic import Elastic
 from draf_dist.augment.gaussian_noise import GaussianNoise
 from draf_dist.augment.intensity import Intensity
 from draf_dist.augment.rotate_scale import RotateScale
-from draf_dist.augment.transform import Parameters
+from draf_dist.augment.transform import Applied, Parameters, in_blocks
 from draf_dist.config.spec import Spec
 
 # Adding a transform: one file and one name here.
@@ -26,7 +26,7 @@ class View:
     """One view. image: f32, as the batch; applied: kind of transform -> its parameters, in the order of application."""
 
     image: Tensor
-    applied: dict[str, Parameters]
+    applied: Applied
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,14 @@ class ViewsConfig(Spec):
         keys, size = view_keys(stream, seed, epoch, uid), tuple(image.shape[2:])
         crop = self.crop.sample(keys("crop"), size)
         window = self.crop.apply(image, crop)
-        first, second = (
-            self._view(window, {t.kind: t.sample(keys(f"{view}/{t.kind}"), size) for t in self.transforms}) for view in (1, 2)
-        )
+        drawn = ({t.kind: t.sample(keys(f"{view}/{t.kind}"), size) for t in self.transforms} for view in (1, 2))
+        first, second = (View(in_blocks(window, applied, self._apply), applied) for applied in drawn)
         return Views(first, second, crop["region"], crop)
 
-    def _view(self, image: Tensor, applied: dict[str, Parameters]) -> View:
+    def _apply(self, image: Tensor, applied: Applied) -> Tensor:
         for transform in self.transforms:
             image = transform.apply(image, applied[transform.kind])
-        return View(image, applied)
+        return image
 
 
 def view_keys(stream: str, seed: int, epoch: Tensor, uid: Tensor) -> Callable[[str], Tensor]:

@@ -18,6 +18,7 @@ from draf_dist.config.spec import Spec
 from draf_dist.errors import SpecError, explain
 from draf_dist.models.absent import clear_absent
 from draf_dist.models.backbones import module_name
+from draf_dist.models.encoders.image2d import Dimensions
 from draf_dist.models.link import link_of
 from draf_dist.models.mc import name_streams
 from draf_dist.models.reliability import equal_weights
@@ -126,7 +127,7 @@ class BayesianUnet(nn.Module):
         spec = config.image_of(schema)
         self.modality, self.axis = spec.name, schema.names.index(spec.name)
         self.tasks, self.label = config.tasks_of(schema), schema.label.name
-        dimensions = 2 if isinstance(spec, ImageSpec) else 3
+        dimensions: Dimensions = 2 if isinstance(spec, ImageSpec) else 3
         options = LayerOptions(dimensions, config.groups, config.weights, config.rho_init, config.dropout)
         self.encoder = PyramidEncoder(spec.channels, config.widths, dimensions, config.groups)
         self.attention = SpatialAttention(config.widths, dimensions)
@@ -211,7 +212,7 @@ class BayesianUnet(nn.Module):
         return {name: value.flatten(1).mean(1) for name, value in found.items()}, found["epistemic"]
 
     def start_encoder(self, state: Mapping[str, Tensor]) -> None:
-        """Copies a pre-trained `image2d` encoder into this one; its projection has nothing to do here.
+        """Copies a pre-trained `image2d` or `volume3d` encoder into this one; its projection has nothing to do here.
 
         Raises:
             SpecError: it has other parameters: its widths or groups of channels are not those of this model.

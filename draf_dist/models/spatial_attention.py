@@ -41,12 +41,14 @@ class SpatialAttention(nn.Module):
         levels = tuple(spatial_softmax(score(level).squeeze(1)) for score, level in zip(self.scores, features, strict=True))
         beta = self.importance.softmax(0)
         raised = torch.stack([on_grid(level, space) for level in levels])
-        return Attention(levels, beta, torch.tensordot(beta, raised, 1))
+        # No matrix product: under autocast it would be of half precision, and A would not sum to 1.
+        return Attention(levels, beta, (beta.view(-1, *[1] * (raised.dim() - 1)) * raised).sum(0))
 
 
 def spatial_softmax(scores: Tensor) -> Tensor:
-    """Scores (B, *space) to weights that sum to 1 over all places of a row."""
-    return scores.flatten(1).softmax(1).view_as(scores)
+    """Scores (B, *space) to weights that sum to 1 over all places of a row, in f32 at least."""
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return wide.flatten(1).softmax(1).view_as(wide)
 
 
 def on_grid(weights: Tensor, space: torch.Size) -> Tensor:

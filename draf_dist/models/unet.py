@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from draf_dist.models.encoders.image2d import Dimensions, ResidualBlock, group_norm
 from draf_dist.models.mc import MCDropout, per_pass
 from draf_dist.models.variational import (
     Draws,
@@ -25,7 +26,7 @@ WeightName = Literal["gaussian", "point"]
 class LayerOptions:
     """How the layers of decoder and heads are made. dimensions: 2 or 3. dropout: of whole channels, with MC masks."""
 
-    dimensions: int
+    dimensions: Dimensions
     groups: int
     weights: WeightName
     rho_init: float
@@ -48,18 +49,18 @@ class LayerOptions:
 class PyramidEncoder(nn.Module):
     """Stem at half the resolution, then one residual block per width, each after the first halving it again.
 
-    In 2-D the same parameters by the same names as the `image2d` encoder without its dropout and projection, so that what
-    pre-training taught that one is loaded here.
+    The parameters of the `image2d` and `volume3d` encoders by the same names, without their dropout and projection: what
+    pre-training taught those is loaded here.
     """
 
-    def __init__(self, channels: int, widths: Sequence[int], dimensions: int, groups: int) -> None:
+    def __init__(self, channels: int, widths: Sequence[int], dimensions: Dimensions, groups: int) -> None:
         super().__init__()
         first = widths[0]
         self.stem = plain_conv(dimensions, channels, first, 3, stride=2)
         self.norm = group_norm(groups, first)
         inputs, strides = (first, *widths[:-1]), (1, *[2] * (len(widths) - 1))
         self.blocks = nn.ModuleList(
-            PyramidBlock(a, b, stride, dimensions, groups) for a, b, stride in zip(inputs, widths, strides, strict=True)
+            ResidualBlock(a, b, stride, groups, dimensions) for a, b, stride in zip(inputs, widths, strides, strict=True)
         )
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -74,24 +75,6 @@ class PyramidEncoder(nn.Module):
     def checkpointed_blocks(self) -> nn.ModuleList:
         """See HasBlocks."""
         return self.blocks
-
-
-class PyramidBlock(nn.Module):
-    """conv - norm - relu - conv - norm, plus the input (through a 1x1 convolution where shapes differ), then relu."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, dimensions: int, groups: int) -> None:
-        super().__init__()
-        self.conv1 = plain_conv(dimensions, inputs, outputs, 3, stride=stride)
-        self.norm1 = group_norm(groups, outputs)
-        self.conv2 = plain_conv(dimensions, outputs, outputs, 3)
-        self.norm2 = group_norm(groups, outputs)
-        same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else plain_conv(dimensions, inputs, outputs, 1, stride=stride)
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Maps (N, inputs, *space) to (N, outputs, *space / stride)."""
-        hidden = self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(values)))))
-        return functional.relu(hidden + self.shortcut(values))
 
 
 class DecoderBlock(nn.Module):
@@ -138,12 +121,7 @@ class PyramidDecoder(nn.Module):
         return self.blocks
 
 
-def plain_conv(dimensions: int, inputs: int, outputs: int, kernel: int, *, stride: int = 1, bias: bool = False) -> nn.Module:
+def plain_conv(dimensions: Dimensions, inputs: int, outputs: int, kernel: int, *, stride: int = 1, bias: bool = False) -> nn.Module:
     """A deterministic convolution, padded so that only the stride changes the sides."""
     kind = nn.Conv2d if dimensions == 2 else nn.Conv3d
     return kind(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=bias)
-
-
-def group_norm(groups: int, channels: int) -> nn.GroupNorm:
-    """GroupNorm with the largest number of groups that divides the channels and is no more than asked for."""
-    return nn.GroupNorm(next(g for g in range(min(groups, channels), 0, -1) if channels % g == 0), channels)

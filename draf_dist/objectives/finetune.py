@@ -23,7 +23,17 @@ FinetuneObjectiveConfig = Annotated[
     | Annotated[DrfuseObjectiveConfig, Tag("drfuse")],
     Discriminator(_kind),
 ]
+# Models whose own losses train parameters that no other objective reaches.
+_OF_MODEL: dict[str, type[AumObjectiveConfig] | type[DrfuseObjectiveConfig]] = {
+    "aum": AumObjectiveConfig,
+    "drfuse": DrfuseObjectiveConfig,
+}
 FinetuneObjective = FusionObjective | AumObjective | DrfuseObjective
+
+
+def objective_of(model: str) -> FinetuneObjectiveConfig:
+    """The objective of a model of this kind, with its default weights."""
+    return _OF_MODEL.get(model, FusionObjectiveConfig)()
 
 
 def build_objective(config: FinetuneObjectiveConfig, schema: DataSchema, gather: Gather) -> FinetuneObjective:

@@ -11,8 +11,7 @@ from draf_dist.data.corruption import TrainingCorruption
 from draf_dist.errors import SpecError, explain
 from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.draf import DrafConfig
-from draf_dist.objectives.finetune import FinetuneObjectiveConfig
-from draf_dist.objectives.fusion import FusionObjectiveConfig
+from draf_dist.objectives.finetune import FinetuneObjectiveConfig, objective_of
 from draf_dist.storage import has_credentials
 from draf_dist.training.watch.bad_loss import BadLoss
 
@@ -106,13 +105,14 @@ class FinetuneJob(TrainJob):
 
     pretrained: modality -> URL of a finished pre-training run, whose encoder it starts from; a run pins the encoder's sha256.
     warm_start: URL of a finished fine-tuning run, from whose weights and normalisation it goes on; pinned likewise.
+    objective: by default that of the model, and no other trains all of it.
     label_fraction: share of the training studies whose label is used; a larger share holds all of a smaller one. passes_train,
     passes_eval: Monte-Carlo passes per step and per validation.
     """
 
     kind: Literal["finetune"] = "finetune"
     model: FusionConfig = DrafConfig()
-    objective: FinetuneObjectiveConfig = FusionObjectiveConfig()
+    objective: FinetuneObjectiveConfig = Field(default_factory=lambda job: objective_of(job["model"].kind))
     pretrained: dict[str, str] = {}
     # Left out of the stored form where they are not set: jobs from before there was such a thing keep their names.
     warm_start: str | None = Field(None, exclude_if=lambda url: url is None)
@@ -136,6 +136,13 @@ class FinetuneJob(TrainJob):
     def _one_start(self) -> "FinetuneJob":
         if self.warm_start is not None and self.pretrained:
             raise ValueError("warm_start and pretrained exclude each other: a run that goes on from another has its encoders")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_of_the_model(self) -> "FinetuneJob":
+        wanted = objective_of(self.model.kind).kind
+        if self.objective.kind != wanted:
+            raise ValueError(f"model {self.model.kind} is trained by the objective {wanted}, not {self.objective.kind}")
         return self
 
     @property

@@ -73,7 +73,7 @@ AUM_READINGS: tuple[dict[str, Any], ...] = (
     {"relu_moments": "exact", "num_layers": 3, "theta": 0.1},
     {"attention": "precision", "relu_moments": "exact", "var_rule": "mixture", "num_layers": 1},
 )
-# Not yet fitted, both say nothing; tests/numerics/test_severity_fusion.py asks the contract of them once they are.
+# Not yet fitted, both say nothing; test_severity_fusion.py asks the contract of them once they are.
 AROUND: tuple[dict[str, Any], ...] = tuple(
     {"fusion": encoded(inner).model_dump()} for inner in (DrafConfig, ConcatConfig, MdaConfig)
 )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from draf_dist.errors import SpecError
 from draf_dist.models.encoders.image2d import Image2dConfig
+from draf_dist.models.encoders.volume3d import Volume3dConfig
 from draf_dist.models.link import link_of
 from draf_dist.models.mc import MCDropout
 from draf_dist.models.segmentation import BayesianUnet, BayesianUnetConfig
@@ -20,6 +21,7 @@ from draf_dist.schema.batch import Batch, FusionOutput
 from draf_dist.schema.label import SegmentationSpec
 from draf_dist.schema.modality import DataSchema
 from draf_dist.training.activation_checkpointing import checkpoint_activations
+from draf_dist.training.bf16 import compute_in_bf16
 
 SMALL: dict[str, Any] = {"widths": (4, 6), "groups": 2}
 SIDE = {2: 12, 3: 8}
@@ -232,6 +234,19 @@ def test_without_variance_the_model_is_the_deterministic_one(form: str) -> None:
         assert found.uncertainty["epistemic"].max() < 1e-9
 
 
+@pytest.mark.parametrize("form", ["mask 2-D", "class 3-D"])
+def test_in_bf16_attention_still_sums_to_one_and_the_divergence_keeps_its_precision(form: str) -> None:
+    batch = batch_for(form)
+    keys = model_keys(batch)
+    model, exact = ready(form), ready(form)(batch, keys)
+    compute_in_bf16(model, torch.device("cpu"))
+    rough = model(batch, keys)
+    torch.testing.assert_close(rough.parts["attention"].flatten(1).sum(1), torch.ones(6))
+    torch.testing.assert_close(rough.parts["posterior"], exact.parts["posterior"])
+    torch.testing.assert_close(rough.logits, exact.logits, atol=0.1, rtol=0.1)
+    assert all(gradient.isfinite().all() for gradient in gradients_of(model, batch, keys).values())
+
+
 def test_activation_checkpointing_changes_no_gradient() -> None:
     """Rule D9: draws are pure functions of their keys."""
     batch = batch_for("mask 2-D")
@@ -242,14 +257,12 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     assert_same(gradients_of(model, batch, keys), plain, tolerance=1e-7)
 
 
-def test_a_pre_trained_image_encoder_is_taken_over_map_by_map() -> None:
-    schema = schema_for("mask 2-D")
-    config = Image2dConfig(widths=SMALL["widths"], groups=SMALL["groups"], dropout=0.0)
-    encoder = config.build(schema.modalities[0], 8)
-    model = ready("mask 2-D")
+@pytest.mark.parametrize(("form", "kind"), [("mask 2-D", Image2dConfig), ("mask 3-D", Volume3dConfig)])
+def test_a_pre_trained_encoder_is_taken_over_map_by_map(form: str, kind: Any) -> None:
+    encoder = kind(widths=SMALL["widths"], groups=SMALL["groups"], dropout=0.0).build(schema_for(form).modalities[0], 8)
+    model, batch = ready(form), batch_for(form)
     model.start_encoder(encoder.state_dict())
-    batch = batch_for("mask 2-D")
-    image = torch.where(batch.present[:, 0].view(-1, 1, 1, 1), batch.inputs["scan"], 0.0)
+    image = torch.where(batch.present[:, 0].view(-1, *[1] * (batch.inputs["scan"].dim() - 1)), batch.inputs["scan"], 0.0)
     hidden = torch.relu(encoder.norm(encoder.stem(image)))
     for block, features in zip(encoder.blocks, model.encode(batch).features, strict=True):
         hidden = block(hidden)

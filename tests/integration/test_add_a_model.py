@@ -31,7 +31,8 @@ def section(number: int) -> str:
 
 
 def blocks(text: str, language: str = "") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    inside = (part.partition("\n") for part in re.split(r"^```", text, flags=re.MULTILINE)[1::2])
+    return [body for first, _, body in inside if first == language]
 
 
 def files_named(text: str) -> list[str]:

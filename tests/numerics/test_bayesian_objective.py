@@ -203,6 +203,15 @@ def test_an_attack_stays_near_the_image_and_raises_its_loss(task: TaskSpec, esti
     assert ((part - found[2:4]).abs() < 1e-6).float().mean() > 0.97
 
 
+def test_an_attack_has_draws_of_its_own_however_many_passes_there_are() -> None:
+    batch, model = batch_of(), small_model()
+    attack, step = ATTACK.model_copy(update={"samples": 3}), objective()
+    few, many = (step.attack(model, batch, model_keys(batch, passes), attack).inputs["scan"] for passes in (1, 8))
+    assert torch.equal(few, many)
+    one = step.attack(model, batch, model_keys(batch), attack.model_copy(update={"samples": 1})).inputs["scan"]
+    assert not torch.equal(one, many)
+
+
 def test_sampled_weights_change_with_the_step_and_local_draws_do_not() -> None:
     batch, model = batch_of(SIDE_OF), small_model(SIDE_OF)
     keys = model_keys(batch)

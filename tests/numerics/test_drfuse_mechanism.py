@@ -7,6 +7,7 @@ import torch
 from model_inputs import SMALL_ENCODERS, pass_keys, variables
 from torch import Tensor, nn
 
+from draf_dist.losses.drfuse import shared_divergence
 from draf_dist.models.build import build_model
 from draf_dist.models.fusion.drfuse import DrfuseConfig, pool_logits
 from draf_dist.objectives.drfuse import DrfuseObjectiveConfig
@@ -53,12 +54,12 @@ def planted(rows: int, seed: int) -> tuple[Batch, Tensor]:
     return batch, factors
 
 
-def trained(**options: Any) -> nn.Module:
+def trained(steps: int, **options: Any) -> nn.Module:
     torch.set_num_threads(1)
     model = build_model(DrfuseConfig(width=16, encoders=SMALL_ENCODERS), SCHEMA, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     objective = DrfuseObjectiveConfig(**options).build()
-    for step in range(300):
+    for step in range(steps):
         batch, _ = planted(128, step + 1)
         terms = objective(model, batch, pass_keys(batch, passes=1, seed=step))
         optimizer.zero_grad()
@@ -96,11 +97,27 @@ def r_squared(here: Tensor, seen: Tensor, there: Tensor, unseen: Tensor) -> list
     return found
 
 
-@pytest.fixture(scope="module")
-def models() -> dict[str, nn.Module]:
-    return {"paper": trained(), "plain": trained(lambda_jsd=0.0, lambda_orthogonality=0.0)}
+def divergence(model: nn.Module) -> float:
+    """Between the shared features of the two modalities, mean over studies, in nats."""
+    batch, _ = planted(500, 5000)
+    with torch.no_grad():
+        shared = model(batch, pass_keys(batch, passes=8)).parts["shared"]
+    term = shared_divergence(shared, batch.present, batch.weight, "bernoulli")
+    return (term.numerator / term.weight).item()
 
 
-def test_show(models) -> None:
-    for n, m in models.items():
-        print(n, {k: [round(x, 3) for x in v] for k, v in explained(m).items()})
+def test_the_divergence_makes_the_shared_features_of_modalities_agree() -> None:
+    with_it, without = (divergence(trained(100, lambda_jsd=scale)) for scale in (1.0, 0.0))
+    assert with_it < without / 5, (with_it, without)
+
+
+@pytest.mark.slow
+def test_the_shared_part_knows_the_shared_factor_better_than_either_distinct_part() -> None:
+    """One modality tells .67 of its variance, both .80.
+
+    Not shown, and so not claimed: that either part is free of what the other holds. The heads of both are trained for all labels,
+    so a linear map still finds every factor in both; orthogonal vectors need not hold other information.
+    """
+    found = explained(trained(1500))
+    assert found["pooled"][0] > max(found["distinct_ehr"][0], found["distinct_cxr"][0]) + 0.05, found
+    assert min(found["pooled"][1], found["distinct_ehr"][0], found["distinct_cxr"][0]) > 0.5, found

@@ -61,6 +61,12 @@ def test_the_state_of_an_encoder_holds_parameters_alone() -> None:
     assert set(encoder.state_dict()) - set(plain.state_dict()) == {"codes.table.weight"}
 
 
+def test_a_table_without_codes_is_stored_as_it_always_was() -> None:
+    assert set(TabularConfig().model_dump()) == {"kind", "hidden", "dropout", "projection_dropout"}
+    config = TabularConfig(codes=CODES, embedding=4)
+    assert TabularConfig.model_validate(config.model_dump()) == config
+
+
 @pytest.mark.parametrize(
     ("codes", "problem"),
     [

@@ -229,7 +229,9 @@ def test_what_is_missing_is_hardly_taken_for_noise_and_noise_on_the_rest_is_seen
 
 
 def test_noise_leaves_binary_and_unobserved_values_alone() -> None:
-    spec = TableSpec(name="codes", variables=(VariableSpec(name="a", type="binary"), VariableSpec(name="b"), VariableSpec(name="c")))
+    spec = TableSpec(
+        name="codes", variables=(VariableSpec(name="a", type="binary"), VariableSpec(name="b"), VariableSpec(name="c"))
+    )
     value = SeriesInput(torch.ones(2, 1, 3), torch.tensor([[[True, True, False]]] * 2), torch.ones(2, dtype=torch.int64))
     noisy = with_noise(spec, value, 5.0, torch.tensor([1, 2]))
     assert isinstance(noisy, SeriesInput)

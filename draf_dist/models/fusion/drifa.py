@@ -241,7 +241,7 @@ class DrifaTrunk(nn.Module):
             FusedBlock([_branch_block(config, shape, inputs, outputs, index) for shape in shapes], Mifa(width, len(shapes)))
             for index, width in enumerate(outputs)
         )
-        self.apply(_start_as_keras)
+        self.apply(start_as_keras)
         self.encoders = nn.ModuleDict(
             {
                 module_name(spec.name): (config.series if isinstance(spec, SeriesSpec) else config.table).build(spec, first)
@@ -285,14 +285,14 @@ class Drifa(nn.Module):
         self.trunk = DrifaTrunk(config, schema.modalities)
         self.dropouts = nn.ModuleList(MCDropout(config.dropout) for _ in schema.modalities)
         self.head = nn.Linear(num_modalities * config.widths[-1], schema.num_outputs)
-        _start_as_keras(self.head)
+        start_as_keras(self.head)
         self.bits = PresenceBits(num_modalities, schema.num_outputs) if config.presence_bits else None
 
     def forward(self, batch: Batch, keys: Tensor) -> FusionOutput:
         """Logits of S passes of a normalised batch; keys int64 (S, B). It has no weights of modalities: `reliability` says 1 / n.
 
-        signals: mifa_attention, mean over blocks and channels; 1 is an attention that lets everything through, and below 1/2 it
-        cannot fall at the start: the published net begins at .982 to .994 and hardly attends (spec 4.4 f).
+        signals: mifa_attention, mean over passes, blocks and channels; 1 lets everything through. The published net begins at .98
+        or more, where the slope of the sigmoid is .02 at most, so that it hardly attends (spec 4.4 f).
         """
         present = batch.present
         maps, attention = self.trunk(batch, keys)
@@ -355,7 +355,7 @@ def _over_present(pools: Sequence[Tensor], present: Tensor) -> Tensor:
     return kept.sum(0) * scale.unsqueeze(1).to(kept.dtype)
 
 
-def _start_as_keras(module: nn.Module) -> None:
+def start_as_keras(module: nn.Module) -> None:
     """Glorot uniform, biases 0."""
     if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         nn.init.xavier_uniform_(module.weight)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from draf_dist.config.spec import Spec
+from draf_dist.errors import SpecError, explain
 from draf_dist.models.absent import mask_absent
 from draf_dist.models.backbones import Backbones
 from draf_dist.models.cross_modal import CrossModalScore
@@ -63,7 +64,7 @@ class SeverityGateConfig(Spec):
         """The model for one data schema.
 
         Raises:
-            SpecError: an encoder does not fit its modality; see the model within.
+            SpecError: an encoder does not fit its modality, or the model within has encoders of its own kind.
         """
         return SeverityGate(self, schema)
 
@@ -114,9 +115,12 @@ class SeverityGate(nn.Module):
         self.cross_modal = CrossModalScore(schema)
         self.gate = Gate(num_modalities)
         self.rejected = PresenceBits(num_modalities, config.width)
-        for part in self.fusion.modules():
-            if isinstance(part, Backbones):
-                part.register_forward_hook(pass_gate)
+        backbones = [part for part in self.fusion.modules() if isinstance(part, Backbones)]
+        if not backbones:
+            remedy = "Leave the model's own encoders out (drfuse: trunks)."
+            raise SpecError(explain(f"model {config.kind}", expected="a fusion of `encoders`", found="none of them", remedy=remedy))
+        for part in backbones:
+            part.register_forward_hook(pass_gate)
 
     def forward(self, batch: Batch, keys: Tensor) -> FusionOutput:
         """What the model within says of a normalised batch; keys int64 (S, B).

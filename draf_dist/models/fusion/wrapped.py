@@ -9,6 +9,8 @@ from draf_dist.models.encoders import EncoderChoice
 from draf_dist.models.fusion.aum import AumConfig
 from draf_dist.models.fusion.concat import ConcatConfig
 from draf_dist.models.fusion.draf import DrafConfig
+from draf_dist.models.fusion.drfuse import DrfuseConfig
+from draf_dist.models.fusion.drifa import DrifaConfig
 from draf_dist.models.fusion.early import EarlyConfig
 from draf_dist.models.fusion.gated_evidence import GatedEvidenceConfig
 from draf_dist.models.fusion.healnet import HealnetConfig
@@ -18,10 +20,13 @@ from draf_dist.models.fusion.mean import MeanConfig
 from draf_dist.schema.modality import DataSchema
 
 # Those whose fused loss trains the features of encoders (`Backbones`). Late fusion's trains none; the rest read raw inputs.
-_OnFeatures = AumConfig | ConcatConfig | DrafConfig | GatedEvidenceConfig | MdaConfig | MeanConfig
+_OnFeatures = AumConfig | ConcatConfig | DrafConfig | DrfuseConfig | GatedEvidenceConfig | MdaConfig | MeanConfig
 FusionOnFeatures = Annotated[_OnFeatures, Field(discriminator="kind")]
 # Every fusion model takes a modality for missing if told so.
-PlainFusion = Annotated[_OnFeatures | EarlyConfig | HealnetConfig | LateMeanConfig, Field(discriminator="kind")]
+PlainFusion = Annotated[
+    _OnFeatures | DrifaConfig | EarlyConfig | HealnetConfig | LateMeanConfig,
+    Field(discriminator="kind"),
+]
 
 
 class _Backed(Protocol):
