@@ -101,7 +101,7 @@ def cases(shape: tuple[int, ...]) -> list[Case]:
     size = shape[2:]
     made = [Case(name, shape, alone(ours), monai) for name, (ours, monai) in operations(size).items()]
     for name, preset, theirs in compositions(size):
-        made.append(Case(name, shape, one_view(preset), per_sample(theirs), composed=True))
+        made.append(Case(name, shape, one_view(preset), Compose(theirs), composed=True))
     return made
 
 
@@ -171,11 +171,12 @@ def compositions(size: tuple[int, ...]) -> list[tuple[str, Preset, list[PerSampl
     ct = CtPreset(acquisition=())
     cxr = CxrPreset(acquisition=())
     scan = [monai[step.kind] for step in MriPreset().acquisition]
-    return [
+    found = [
         ("CT", ct, [moved, *(monai[step.kind] for step in ct.transforms)]),
         ("MRI", MriPreset(), [*scan, standardise, moved, *(monai[step.kind] for step in MriPreset().transforms)]),
         ("CXR", cxr, [moved, *(monai[step.kind] for step in cxr.transforms)]),
     ]
+    return found if len(size) == 2 else found[:2]
 
 
 MEAN, DEVIATION = torch.tensor(0.3), torch.tensor(0.2)
@@ -207,11 +208,6 @@ def one_view(preset: Preset) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def per_sample(steps: list[PerSample]) -> PerSample:
-    # A k-space mask is no transform of one image; everything else is.
-    return Compose(steps)
-
-
 @dataclass(frozen=True)
 class Found:
     """Milliseconds of a sample, of every round."""
@@ -230,12 +226,13 @@ class Found:
 def measure(made: list[Case], rounds: int) -> list[Found]:
     inputs = {case.shape: torch.rand(case.shape, generator=torch.Generator().manual_seed(0)) for case in made}
     found = [Found(case.name, case.shape, case.composed, [], None if case.monai is None else []) for case in made]
-    for each, case in zip(found, made, strict=True):
-        run_once(case, inputs[case.shape], each)  # what is imported, planned or cached at the first call
-    found = [replace(each, ours=[], monai=None if each.monai is None else []) for each in found]
+    pairs = list(zip(found, made, strict=True))
+    for each, case in pairs:
+        # What is imported, planned or cached at the first call does not count.
+        run_once(case, inputs[case.shape], replace(each, ours=[], monai=None if each.monai is None else []))
     for number in range(rounds):
-        turn = number * len(made) // rounds
-        for each, case in [*zip(found, made, strict=True)][turn:] + [*zip(found, made, strict=True)][:turn]:
+        turn = number * len(pairs) // rounds
+        for each, case in pairs[turn:] + pairs[:turn]:
             run_once(case, inputs[case.shape], each, theirs_first=number % 2 == 1)
     return found
 

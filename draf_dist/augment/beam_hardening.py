@@ -70,7 +70,7 @@ class BeamHardening(Spec):
         # As many slices at a time as leave the rays of one direction in the cache.
         rows = rows_of_block(detectors(*small) ** 2, mu)
         parts = []
-        for some, their in zip(mu.split(rows), strength.split(rows), strict=True):
+        for some, their in zip(torch.split(mu, rows), torch.split(strength, rows), strict=True):
             sinogram = self.hardening(project(some, angles=self.angles, pixel=pixel_cm), their)
             parts.append(filtered_back_projection(sinogram, *small, pixel=pixel_cm))
         found = torch.cat(parts).mul_(1000 / self.mu_water_per_cm)

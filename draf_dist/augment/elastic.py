@@ -37,7 +37,7 @@ class Elastic(Spec):
         draws = noise.uniform(keys, (1 + axes * side**axes,))
         control = (2 * draws[:, 1:] - 1).view(-1, axes, *(side for _ in size))
         rows = rows_of_block(axes * math.prod(size), control)
-        peak = torch.cat([_largest(spline(part, size)) for part in control.split(rows)])
+        peak = torch.cat([_largest(spline(part, size)) for part in torch.split(control, rows)])
         wanted = between(draws[:, 0], self.displacement) / peak.clamp_min(1e-6)
         allowed = STEEPEST / self._steepness(control).clamp_min(1e-6)
         return {"control": control * torch.minimum(wanted, allowed).view(-1, *(1 for _ in control.shape[1:]))}

@@ -66,7 +66,7 @@ class Preset(Spec):
         keys, size = view_keys(stream, seed, epoch, uid), tuple(image.shape[2:])
         crop = self.crop.sample(keys("crop"), size)
         steps = (*self.acquisition, self.rotate_scale, self.elastic, *self.transforms)
-        drawn = ({step.kind: step.sample(keys(f"{number}/{step.kind}"), size) for step in steps} for number in (1, 2))
+        drawn: list[Applied] = [{step.kind: step.sample(keys(f"{view}/{step.kind}"), size) for step in steps} for view in (1, 2)]
         first, second = (self.view(image, scale, crop, applied) for applied in drawn)
         return Views(first, second, crop["region"], crop)
 

@@ -60,7 +60,7 @@ class ViewsConfig(Spec):
         keys, size = view_keys(stream, seed, epoch, uid), tuple(image.shape[2:])
         crop = self.crop.sample(keys("crop"), size)
         window = self.crop.apply(image, crop)
-        drawn = ({t.kind: t.sample(keys(f"{view}/{t.kind}"), size) for t in self.transforms} for view in (1, 2))
+        drawn: list[Applied] = [{t.kind: t.sample(keys(f"{view}/{t.kind}"), size) for t in self.transforms} for view in (1, 2)]
         first, second = (View(in_blocks(window, applied, self._apply), applied) for applied in drawn)
         return Views(first, second, crop["region"], crop)
 

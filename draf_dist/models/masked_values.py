@@ -3,8 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from draf_dist.models.encoders.gru import GruEncoder
 from draf_dist.models.encoders.series import SeriesTransformer
 from draf_dist.schema.batch import SeriesInput
+
+# Those that say something of every step. A bag says something of its whole.
+StepEncoder = SeriesTransformer | GruEncoder
 
 
 class MaskedValuesNet(nn.Module):
@@ -14,7 +18,7 @@ class MaskedValuesNet(nn.Module):
     projection, so nothing that fine-tuning loads is as it was at random.
     """
 
-    def __init__(self, encoder: SeriesTransformer, width: int, num_variables: int) -> None:
+    def __init__(self, encoder: StepEncoder, width: int, num_variables: int) -> None:
         """width: of the encoder's features."""
         super().__init__()
         self.encoder = encoder

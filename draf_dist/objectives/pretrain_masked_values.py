@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from draf_dist import noise
 from draf_dist.config.spec import Spec
+from draf_dist.errors import SpecError, explain
 from draf_dist.losses.gather import Gather, one_process
 from draf_dist.models.absent import clear_absent
 from draf_dist.models.encoders import EncoderConfig
-from draf_dist.models.encoders.series import SeriesTransformer
-from draf_dist.models.masked_values import MaskedValuesNet
+from draf_dist.models.masked_values import MaskedValuesNet, StepEncoder
 from draf_dist.objectives.pretrain_modality import encoder_config, modality_of, not_readable
 from draf_dist.schema.batch import Batch, SeriesInput, Term
 from draf_dist.schema.modality import DataSchema, SeriesSpec
@@ -34,12 +34,14 @@ class MaskedValuesConfig(Spec):
         """The network that the objective trains.
 
         Raises:
-            SpecError: the modality is no series of this schema, or the encoder reads no series.
+            SpecError: the modality is no series of this schema, or the encoder reads no series, or no steps.
         """
         spec = modality_of(schema, self.modality, SeriesSpec)
         built = encoder_config(encoder, spec).build(spec, width)
-        # The only encoder that reads series, so far; another one needs tokens as well.
-        assert isinstance(built, SeriesTransformer)
+        if not isinstance(built, StepEncoder):
+            remedy = "Choose series_transformer or gru."
+            found = "one of the whole series alone"
+            raise SpecError(explain("encoder", expected="an encoder with a token of every step", found=found, remedy=remedy))
         return MaskedValuesNet(built, width, len(spec.variables))
 
 

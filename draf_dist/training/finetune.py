@@ -17,7 +17,10 @@ from draf_dist.losses.gather import Gather, one_process
 from draf_dist.models.build import build_model
 from draf_dist.models.calibration import calibrate, fit_on_clean, set_prevalence
 from draf_dist.models.export import model_files
+from draf_dist.models.fusion import FusionConfig
+from draf_dist.models.fusion.aum import AumConfig
 from draf_dist.models.fusion.draf import DrafConfig
+from draf_dist.models.fusion.drifa import DrifaConfig
 from draf_dist.objectives.finetune import FinetuneObjective, build_objective
 from draf_dist.schema.batch import Batch, hide
 from draf_dist.schema.release import ReleaseStats, Split
@@ -68,13 +71,13 @@ class Finetuning:
         """How a training step treats a batch.
 
         Raises:
-            SpecError: a running mean of uncertainties, which must move once per step, and several micro-batches per step.
+            SpecError: a model that looks at the whole batch, and several micro-batches per step.
         """
         job = self.job
-        if backend.accumulation > 1 and isinstance(job.model, DrafConfig) and job.model.u_ema is not None:
-            remedy = "Set accumulation to 1 in the profile, or leave u_ema out."
+        if backend.accumulation > 1 and (option := _of_whole_batches(job.model)):
+            remedy = f"Set accumulation to 1 in the profile, or leave {option} out."
             found = f"accumulation {backend.accumulation}"
-            raise SpecError(explain("model.u_ema", expected="whole batches", found=found, remedy=remedy))
+            raise SpecError(explain(option, expected="whole batches", found=found, remedy=remedy))
         return StepRules(
             prepare=lambda batch: self.corruptor.train(self.labelled(self.prepared(batch))),
             keys=lambda batch: noise.sample_keys(job.seed, "mc", batch.epoch, batch.uid, job.passes_train),
@@ -159,6 +162,18 @@ def _start(job: FinetuneJob, release: Release) -> tuple[nn.Module, ReleaseStats]
     # What its weights take for 0 and 1 is what these statistics say. New ones would move the input of every study under weights
     # that were not trained for that: a shift that nobody meant, and in the champion's own sites first.
     return model, start.stats
+
+
+def _of_whole_batches(model: FusionConfig) -> str | None:
+    """The option with which a model looks at all rows of a step, or moves something once a step."""
+    match model:
+        case DrafConfig(u_ema=float()):
+            return "model.u_ema"
+        case AumConfig(modality_node_update="sync" | "batch" as update):
+            return f"model.modality_node_update {update}"
+        case DrifaConfig(norm="batch"):
+            return "model.norm batch"
+    return None
 
 
 def _clean(split: SplitLoader, normaliser: Normaliser) -> Iterator[Batch]:

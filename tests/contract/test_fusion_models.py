@@ -208,6 +208,12 @@ def test_a_model_survives_its_export_bit_for_bit(config: Any, tmp_path: Any) -> 
 
 
 @every_config
+def test_every_parameter_has_an_axis(config: Any) -> None:
+    """DeepSpeed can't send another one to the other ranks."""
+    assert not [name for name, parameter in ready(config).named_parameters() if parameter.dim() == 0]
+
+
+@every_config
 def test_starting_parameters_follow_from_the_seed_alone(config: Any) -> None:
     torch.manual_seed(1)
     state = torch.random.get_rng_state()

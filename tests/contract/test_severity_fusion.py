@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import cache
 from typing import Any, get_args
 
 import pytest
@@ -46,11 +47,20 @@ def scaled(batch: Batch, name: str, factor: float) -> Batch:
     return replace(batch, inputs=batch.inputs | {name: changed})
 
 
-def fitted(config: Any, seed: int = 3) -> nn.Module:
+@cache
+def evidence() -> dict[str, Tensor]:
+    """What severity and cross-modal score are on clean batches, by the name of the buffer; the nets take seconds to train."""
+    model = build_model(SMALL["severity_cross_modal_gate"].config, SCHEMA, seed=0)
+    train, validation = ([small_batch(SCHEMA, rows=64, seed=seed)] for seed in (1, 2))
+    fit_on_clean(model, lambda: train, lambda: validation, seed=0)
+    return {name: value for name, value in model.state_dict().items() if name.startswith(("severity.", "cross_modal."))}
+
+
+def fitted(config: Any) -> nn.Module:
     """Fitted to clean batches; parameters that start at 0 are moved, so that every path carries weight."""
-    model = build_model(config, SCHEMA, seed)
-    clean = [small_batch(SCHEMA, rows=64, seed=1)], [small_batch(SCHEMA, rows=64, seed=2)]
-    fit_on_clean(model, lambda: clean[0], lambda: clean[1], seed=0)
+    model = build_model(config, SCHEMA, seed=3)
+    buffers = dict(model.named_buffers())
+    model.load_state_dict({name: value for name, value in evidence().items() if name in buffers}, strict=False)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -135,11 +145,11 @@ def test_an_unfitted_gate_is_all_but_open(inner: Any) -> None:
 
 def test_gated_mean_predicts_from_that_equation() -> None:
     model = fitted(SeverityGateConfig(fusion=SMALL["mean"].config, presence_bits=True))
-    batch = scaled(small_batch(SCHEMA), "labs", 3.0)
+    batch = scaled(small_batch(SCHEMA), "labs", 12.0)
     keys = pass_keys(batch)
     output = model(batch, keys)
-    gate = model.gate(model.severity(batch), model.cross_modal(batch), batch.present)
-    assert float(gate[batch.present].min()) < 0.9
+    gate = model.gate(model.severity(batch), model.cross_modal(batch), batch.present).detach()
+    assert float(gate[batch.present].min()) < 0.5
     plain = model.fusion.backbones(batch, keys)
     fused = (gate.unsqueeze(-1) * plain).sum(2) / gate.sum(1).view(1, 8, 1)
     lost = model.rejected(batch.present * (1 - gate))
@@ -156,7 +166,7 @@ def test_a_modality_whose_gate_is_shut_has_no_influence(inner: Any) -> None:
     keys = pass_keys(batch)
     other = scaled(batch, "labs", -5.0)
     torch.testing.assert_close(model(other, keys).logits, model(batch, keys).logits, rtol=1e-5, atol=1e-6)
-    assert float(model(batch, keys).reliability[:, 2].max()) < 1e-6
+    assert (model(batch, keys).reliability[:, 2] < 1e-6).all()
     # With the gate open it has.
     with torch.no_grad():
         model.gate.offsets.zero_()

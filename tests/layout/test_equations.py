@@ -3,13 +3,15 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from draf_dist.models.fusion import FusionConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "equations.md"
 COLUMNS = ["name", "equation", "source", "file", "test"]
-IN_TABLE = ("losses", "models/fusion", "metrics")
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,15 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
 
 
+def table_rows(text: str) -> list[list[str]]:
+    """Every row of every table but its head."""
+    found = [cells(line) for line in text.splitlines() if line.startswith("|")]
+    return [row for row in found if row != COLUMNS and set("".join(row)) - set("-")]
+
+
 def read(text: str) -> list[Row]:
-    tables = [cells(line) for line in text.splitlines() if line.startswith("|")]
-    found = [row for row in tables if row != COLUMNS and set("".join(row)) - set("-")]
-    assert all(len(row) == len(COLUMNS) for row in found), [row for row in found if len(row) != len(COLUMNS)]
-    return [Row(name, equation, source, paths(where), names(where), paths(test)) for name, equation, source, where, test in found]
+    whole = [row for row in table_rows(text) if len(row) == len(COLUMNS)]
+    return [Row(name, equation, source, paths(where), names(where), paths(test)) for name, equation, source, where, test in whole]
 
 
 def paths(cell: str) -> tuple[str, ...]:
@@ -47,9 +53,15 @@ ROWS = read(PAGE.read_text())
 
 
 def modules() -> list[str]:
-    """Public modules that compute an equation."""
-    found = [path for folder in IN_TABLE for path in sorted((ROOT / "draf_dist" / folder).glob("*.py"))]
-    return [str(path.relative_to(ROOT / "draf_dist")) for path in found if not path.name.startswith("_")]
+    """Where losses, metrics and fusion models are."""
+    found = [path for folder in ("losses", "metrics") for path in sorted((ROOT / "draf_dist" / folder).glob("*.py"))]
+    plain = [str(path.relative_to(ROOT / "draf_dist")) for path in found if not path.name.startswith("_")]
+    fusion = [member.__module__.removeprefix("draf_dist.") for member in get_args(get_args(FusionConfig)[0])]
+    return [*plain, *(f"{name.replace('.', '/')}.py" for name in fusion)]
+
+
+def test_every_row_has_all_columns() -> None:
+    assert not [row for row in table_rows(PAGE.read_text()) if len(row) != len(COLUMNS)]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

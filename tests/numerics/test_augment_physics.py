@@ -85,7 +85,9 @@ def test_the_energy_that_is_left_is_that_of_the_measured_lines() -> None:
     assert (energy < image.square().sum((1, 2, 3))).all()
 
 
-@pytest.mark.parametrize(("lines", "fraction", "centre"), [(100, 0.08, 8), (100, 0.07, 7), (224, 0.08, 18), (33, 0.04, 2), (5, 1.0, 5)])
+@pytest.mark.parametrize(
+    ("lines", "fraction", "centre"), [(100, 0.08, 8), (100, 0.07, 7), (224, 0.08, 18), (33, 0.04, 2), (5, 1.0, 5)]
+)
 def test_the_centre_is_always_measured(lines: int, fraction: float, centre: int) -> None:
     """With an acceleration that leaves no other line: ceil(fc N) lines about frequency 0."""
     config = KSpaceUndersampling(accelerations=(1000,), centre_fractions=(fraction,))

@@ -304,7 +304,7 @@ def gradients(model: Drifa, batch: Batch, keys: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def test_padding_and_absent_rows_have_no_part_in_the_statistics() -> None:
+def test_padding_rows_have_no_part_in_the_statistics() -> None:
     """In f64: over three rows of one pixel, f32 rounds more than the contract allows."""
     batch = small_batch(SCHEMA).map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
     counts = torch.arange(8) < 5
@@ -318,6 +318,24 @@ def test_padding_and_absent_rows_have_no_part_in_the_statistics() -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
     for left, right in zip(among.buffers(), alone.buffers(), strict=True):
         torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize(
+    ("axis", "norms"), [(0, "trunk.stems.m_cxr."), (1, "trunk.blocks.0.branches.1."), (2, "trunk.blocks.0.branches.2.")]
+)
+def test_rows_without_a_modality_have_no_part_in_the_statistics_of_its_branch(axis: int, norms: str) -> None:
+    """Of the norms ahead of the first MIFA: behind it, a row's maps hold what its other branches have learned of other rows."""
+    batch = small_batch(SCHEMA)
+    there, keys = batch.present[:, axis], pass_keys(batch)
+    assert 1 < there.sum() < 8
+    among, alone = drifa().train(), drifa().train()
+    among(batch, keys)
+    alone(batch.map(lambda tensor: tensor[there]), keys[:, there])
+    expected = dict(alone.named_buffers())
+    found = {name: buffer for name, buffer in among.named_buffers() if name.startswith(norms)}
+    assert found
+    for name, buffer in found.items():
+        torch.testing.assert_close(buffer, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_with_batch_normalisation_every_parameter_is_reached() -> None:

@@ -179,6 +179,18 @@ def test_rows_that_are_not_valid_change_neither_value_nor_gradient(ties: Ties) -
 
 
 @both_ties
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_not_even_what_is_masked_later_is_nan(ties: Ties) -> None:
+    """Of a padding row nobody is at risk, nor is anyone tied with it: log 0."""
+    risks = rows([0.1, 0.2, 0.3], [1, 1, float("nan")], [1, 0, 1], [1, 1, 0])
+    score = risks.log_risk.requires_grad_()
+    with torch.autograd.detect_anomaly(check_nan=True):
+        cox(risks, ties=ties).numerator.backward()
+    assert score.grad is not None
+    assert torch.isfinite(score.grad).all()
+
+
+@both_ties
 def test_a_batch_without_an_event_is_zero_with_a_gradient(ties: Ties) -> None:
     risks = rows([1.0, 2.0], [1, 2], [0, 0])
     score = risks.log_risk.requires_grad_()

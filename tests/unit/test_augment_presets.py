@@ -180,3 +180,14 @@ def test_a_spacing_for_other_images_is_named() -> None:
     preset = MriPreset(rotate_scale=RotateScale(spacing=(3, 1, 1)), elastic=Elastic())
     with pytest.raises(SpecError, match="rotate_scale: spacing"):
         views_of(preset, standardised(preset, (24, 31)), torch.arange(5))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.kind)
+def test_how_many_rows_are_worked_on_at_once_changes_nothing(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, uid = standardised(preset, (24, 31)), torch.arange(5)
+    whole = views_of(preset, image, uid)
+    for block in (1, 2 * 24 * 31):
+        monkeypatch.setattr("draf_dist.augment.transform.BLOCK_CPU", block)
+        again = views_of(preset, image, uid)
+        assert torch.equal(again.first.image, whole.first.image)
+        assert torch.equal(again.second.image, whole.second.image)

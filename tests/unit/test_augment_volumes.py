@@ -9,6 +9,7 @@ from torch import Tensor
 
 from draf_dist import noise
 from draf_dist.augment import CuboidMask, Elastic, GaussianNoise, Intensity, RandomCrop, RotateScale, Transform, ViewsConfig
+from draf_dist.augment.cuboid_mask import without_mask, without_slices
 from draf_dist.augment.elastic import spline
 from draf_dist.augment.transform import centres
 from draf_dist.augment.warp import Affine, warp
@@ -149,6 +150,13 @@ def test_a_cuboid_is_the_training_mean_and_the_rest_is_untouched() -> None:
     expected = volume.clone()
     expected[..., 2:4, 6:9, 0:2] = 0
     assert torch.equal(CuboidMask().apply(volume, corners), expected)
+
+
+@pytest.mark.parametrize("size", [(24, 31), SIZE])
+def test_boxes_taken_out_one_by_one_or_by_a_mask_are_the_same(size: tuple[int, ...]) -> None:
+    image = volumes(60, channels=2, size=size)
+    corners = CuboidMask(side=(0.01, 0.5)).sample(keys_of(60), size)
+    assert torch.equal(without_slices(image, **corners), without_mask(image, **corners))
 
 
 def test_one_to_three_cuboids_of_a_tenth_to_a_fifth() -> None:

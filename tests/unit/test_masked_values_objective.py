@@ -8,7 +8,9 @@ from model_inputs import pass_keys, small_batch, small_schema
 from torch import Tensor, nn
 
 from draf_dist.errors import SpecError
-from draf_dist.models.encoders import SeriesTransformerConfig, TabularConfig
+from draf_dist.models.encoders import EncoderConfig, SeriesTransformerConfig, TabularConfig
+from draf_dist.models.encoders.gru import GruConfig
+from draf_dist.models.encoders.patch_bag import PatchBagConfig
 from draf_dist.models.masked_values import MaskedValuesNet
 from draf_dist.objectives.pretrain_masked_values import MaskedValuesConfig
 from draf_dist.schema.batch import Batch, SeriesInput
@@ -110,11 +112,12 @@ def test_what_is_hidden_can_be_told_from_the_rest_of_a_series_that_repeats_itsel
     assert objective.numbers({name: (term.numerator / term.weight).item() for name, term in terms.items()})["explained"] > 0.9
 
 
-def test_the_features_that_fine_tuning_reads_are_those_that_were_trained() -> None:
+@pytest.mark.parametrize("config", [SeriesTransformerConfig(hidden=8, heads=2), GruConfig(hidden=8)], ids=lambda c: c.kind)
+def test_the_features_that_fine_tuning_reads_are_those_that_were_trained(config: EncoderConfig) -> None:
     """The decoder reads tokens and features; the encoder's own forward is tokens, then pool."""
     batch = series_batch(6)
     torch.manual_seed(0)
-    net = CONFIG.network(small_schema(), SeriesTransformerConfig(hidden=8, heads=2), 16)
+    net = CONFIG.network(small_schema(), config, 16)
     assert isinstance(net, MaskedValuesNet)
     series, keys = batch.inputs["vitals"], pass_keys(batch, 3)
     assert isinstance(series, SeriesInput)
@@ -126,6 +129,11 @@ def test_the_features_that_fine_tuning_reads_are_those_that_were_trained() -> No
 def test_an_encoder_that_reads_no_series_is_refused() -> None:
     with pytest.raises(SpecError, match="tabular for vitals: expected a modality of kind table, found series"):
         CONFIG.network(small_schema(), TabularConfig(), 16)
+
+
+def test_an_encoder_that_says_nothing_of_single_steps_is_refused() -> None:
+    with pytest.raises(SpecError, match="expected an encoder with a token of every step"):
+        CONFIG.network(small_schema(), PatchBagConfig(), 16)
 
 
 def test_a_batch_without_the_series_is_refused() -> None:

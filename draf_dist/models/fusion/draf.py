@@ -84,8 +84,9 @@ class ReliabilityWeights(nn.Module):
         self.config = config
         learned = config.reliability == "learned"
         self.prior = nn.Parameter(torch.zeros(num_modalities)) if learned or config.modality_prior else None
-        self.log_weight = nn.Parameter(torch.zeros(())) if learned else None
-        self.corruption_weight = nn.Parameter(torch.zeros(())) if learned else None
+        # With an axis: DeepSpeed can't send a parameter without one to the other ranks.
+        self.log_weight = nn.Parameter(torch.zeros(1)) if learned else None
+        self.corruption_weight = nn.Parameter(torch.zeros(1)) if learned else None
         self.register_buffer("u_scale", torch.ones(()))
         if config.u_ema is not None:
             self.register_buffer("running_u", torch.zeros(num_modalities))

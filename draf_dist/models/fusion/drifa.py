@@ -95,7 +95,7 @@ class Mfa(nn.Module):
         self.dense = nn.Linear(2 * channels, channels)
         self.local1 = nn.Conv1d(channels, channels, 1)
         self.local2 = nn.Linear(channels, channels)
-        self.general_gain = nn.Parameter(torch.ones(()))
+        self.general_gain = nn.Parameter(torch.ones(1))
         self.local_gain = nn.Parameter(torch.ones(channels))
         self.gain = nn.Parameter(torch.ones(channels))
 
@@ -130,7 +130,7 @@ class Mifa(nn.Module):
         super().__init__()
         self.dense = nn.Linear(channels, channels)
         self.local = nn.ModuleList(nn.Conv1d(channels, channels, 1) for _ in range(num_branches))
-        self.general_gain = nn.Parameter(torch.ones(()))
+        self.general_gain = nn.Parameter(torch.ones(1))
         self.local_gain = nn.Parameter(torch.ones(channels))
         self.gain = nn.Parameter(torch.ones(num_branches, channels))
 
