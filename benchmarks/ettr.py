@@ -3,8 +3,8 @@
     python benchmarks/ettr.py [--minutes 15] [--mean 60] [--seed 0] [--json FILE]
 
 Two ranks on a Ray cluster of their own, checkpoints on a real S3 server on this machine; one arm after the other, both under the
-same kills: SIGKILL of a rank's process, one in 60 s in the mean and as many as that makes, of which rank is drawn too. A kill that comes
-while no rank's process exists hits nothing. The arms train the same DRAF on the same batches with the same DeepSpeed engine:
+same kills: SIGKILL of a rank's process, one in 60 s in the mean and as many as that makes, of which rank is drawn too. A kill that
+comes while no rank's process exists hits nothing. The arms train the same DRAF on the same batches with the same DeepSpeed engine:
   plain   Ray's guides, as Ray ships it: train.report with a checkpoint after every epoch, get_checkpoint() after a failure
   ours    draf train, checkpoint.every_steps as `draf plan --measured` advises after a run without kills
 ratio     steps of the newest durable checkpoint at the end, each once, at the plain loop's median length without kills, over wall
