@@ -242,6 +242,15 @@ def test_oracle_of_a_ray_of_two_energies() -> None:
     assert (p + taken).item() == pytest.approx(-math.log(0.5 * math.exp(-2) + 0.5 * math.exp(-4)), abs=1e-12)
 
 
+def test_rays_of_an_uneven_spectrum_follow_its_sum() -> None:
+    """p' = -ln sum w exp(-kappa p), with kappas that are not symmetric about 1, pulled towards 1 by the strength."""
+    config = BeamHardening(weights=(0.25, 0.75), kappas=(1.6, 0.8))
+    p, strength = torch.linspace(0, 12, 25, dtype=torch.float64).expand(3, -1), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    kappas = 1 + strength[:, None] * (torch.tensor([1.6, 0.8], dtype=torch.float64) - 1)
+    expected = -sum(w * torch.exp(-k[:, None] * p) for w, k in zip((0.25, 0.75), kappas.T, strict=True)).log()
+    torch.testing.assert_close(p + config.hardening(p, strength), expected, rtol=0, atol=1e-9)
+
+
 def test_one_energy_makes_no_artefact() -> None:
     ct = 1000 * magnitudes(2, 1, 24, 24)
     same = BeamHardening(kappas=(1.0, 1.0))
@@ -289,6 +298,15 @@ def test_back_projection_brings_the_slice_back() -> None:
         assert again[inner].mean().item() == pytest.approx(level, rel=0.01)
         outer = disc(96, radius + 3, 0.0, 1.0)[0] > 0
         assert (again[outer] - image[outer]).abs().max() < 0.1 * level
+
+
+def test_what_lies_beside_the_centre_comes_back_to_its_place() -> None:
+    place = torch.arange(64) + 0.5 - 32
+    slices = (((place[:, None] - 14) ** 2 + (place + 9) ** 2) < 36).float()[None]
+    found = filtered_back_projection(project(slices, angles=90, pixel=1.0), 64, 64, pixel=1.0)[0]
+    mass = found.clamp_min(0.3) - 0.3
+    assert ((mass.sum(1) @ place) / mass.sum()).item() == pytest.approx(14, abs=0.3)
+    assert ((mass.sum(0) @ place) / mass.sum()).item() == pytest.approx(-9, abs=0.3)
 
 
 def water(side: int = 96, radius_cm: float = 15.0, pixel_mm: float = 4.0) -> Tensor:

@@ -113,6 +113,13 @@ def test_no_volume_is_folded(config: Elastic, size: tuple[int, int, int]) -> Non
     assert field.abs().max() <= config.displacement[1] * (1 + 1e-5)
 
 
+def test_slopes_along_all_axes_together_stay_below_nine_tenths() -> None:
+    size = (16, 18, 20)
+    field = spline(Elastic(displacement=(0.3, 0.5), cells=6).sample(keys_of(6), size)["control"], size)
+    slopes = [(field.diff(dim=2 + axis) * size[axis]).abs()[:, :, :15, :17, :19] for axis in range(3)]
+    assert 0.4 < sum(slopes).max() <= 0.9
+
+
 def test_the_determinant_sees_a_fold_of_a_volume() -> None:
     control = Elastic().sample(keys_of(4), (16, 18, 20))["control"]
     assert smallest_determinant(spline(control * 60, (16, 18, 20))) < 0
