@@ -11,7 +11,7 @@ from draf_dist.data.corruption import TrainingCorruption
 from draf_dist.errors import SpecError, explain
 from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.draf import DrafConfig
-from draf_dist.objectives.finetune import FinetuneObjectiveConfig, objective_of
+from draf_dist.objectives.finetune import FinetuneObjectiveConfig, objective_of, objectives_of
 from draf_dist.storage import has_credentials
 from draf_dist.training.watch.bad_loss import BadLoss
 
@@ -105,7 +105,7 @@ class FinetuneJob(TrainJob):
 
     pretrained: modality -> URL of a finished pre-training run, whose encoder it starts from; a run pins the encoder's sha256.
     warm_start: URL of a finished fine-tuning run, from whose weights and normalisation it goes on; pinned likewise.
-    objective: by default that of the model, and no other trains all of it.
+    objective: by default that of the model; others leave a part of it untrained, but for `cox`, which is for times.
     label_fraction: share of the training studies whose label is used; a larger share holds all of a smaller one. passes_train,
     passes_eval: Monte-Carlo passes per step and per validation.
     """
@@ -140,9 +140,9 @@ class FinetuneJob(TrainJob):
 
     @model_validator(mode="after")
     def _objective_of_the_model(self) -> "FinetuneJob":
-        wanted = objective_of(self.model.kind).kind
-        if self.objective.kind != wanted:
-            raise ValueError(f"model {self.model.kind} is trained by the objective {wanted}, not {self.objective.kind}")
+        known = objectives_of(self.model.kind)
+        if self.objective.kind not in known:
+            raise ValueError(f"model {self.model.kind} is trained by the objective {' or '.join(known)}, not {self.objective.kind}")
         return self
 
     @property

@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from draf_dist.losses.gather import Embeddings
+from draf_dist.losses.gather import carry, leaves
 from draf_dist.schema.batch import Batch, Term
 from draf_dist.training.engine import Engine
 from draf_dist.training.state import TrainState
@@ -36,13 +36,25 @@ class CoupledObjective(Protocol):
     be off by half (tests/parity/test_contrastive.py). The loop therefore gives `couple` all rows at once.
     """
 
-    def embed(self, model: nn.Module, batch: Batch, keys: Tensor) -> tuple[Embeddings, dict[str, Term]]:
-        """What the coupled terms look at, and the terms that are sums over rows."""
+    def embed(self, model: nn.Module, batch: Batch, keys: Tensor) -> tuple[Any, dict[str, Term]]:
+        """What the coupled terms look at, Rows of losses/gather.py, and the terms that are sums over rows."""
         ...
 
-    def couple(self, rows: Embeddings) -> dict[str, Term]:
+    def couple(self, rows: Any) -> dict[str, Term]:
         """The coupled terms of all rows of this rank. A collective: every rank calls it once per step."""
         ...
+
+
+@runtime_checkable
+class ScheduledObjective(Protocol):
+    """What a step minimises where that depends on how far training is: a warm-up, weights that are drawn anew."""
+
+    def at(self, step: int) -> Objective:
+        """The objective of a step, counted from 0: a function of it alone."""
+        ...
+
+
+AnyObjective = Objective | CoupledObjective | ScheduledObjective
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ def train_steps(
     state: TrainState,
     engine: Engine,
     batches: Iterable[tuple[int, Batch]],
-    objective: Objective | CoupledObjective,
+    objective: AnyObjective,
     rules: StepRules,
     health: Health | None = None,
 ) -> Iterator[StepReport]:
@@ -108,7 +120,8 @@ def train_steps(
             raise ValueError(f"the loader is at step {step}, the optimizer at {state.step}")
         loaded = time.perf_counter()
         learning_rate = rules.learning_rate(step)
-        done = _step(engine, (step, batch), objective, rules, health)
+        now = objective.at(step) if isinstance(objective, ScheduledObjective) else objective
+        done = _step(engine, (step, batch), now, rules, health)
         state.step = step + 1
         rows = batch.weight > 0
         computed = time.perf_counter()
@@ -214,18 +227,19 @@ def _accumulate_coupled(
     else:
         first = [next(forward)]
         forward = (found for found in first)
-    leaves = _leaves([rows for rows, _ in first])
-    coupled = objective.couple(leaves)
+    rows_of_all = leaves([rows for rows, _ in first])
+    coupled = objective.couple(rows_of_all)
     sums = _sums([coupled, *(terms for _, terms in first)], rules)
     why = health.judge("loss", sums.loss)
     if why is not None:
         return sums.means, sums.loss, why
     # Outside of engine.backward, so that the collectives of this gradient never meet those of the engine.
-    wanted = torch.stack(torch.autograd.grad(_loss(coupled, sums.weights), (leaves.first, leaves.second)))
-    gradients = torch.split(wanted, [part.num_rows for part, _ in parts], dim=1)
+    wanted = torch.autograd.grad(_loss(coupled, sums.weights), [getattr(rows_of_all, name) for name in rows_of_all.carried])
+    sizes = [part.num_rows for part, _ in parts]
+    gradients = zip(*(torch.split(gradient, sizes) for gradient in wanted), strict=True)
     seen = [_detached(coupled)]
     for (rows, terms), gradient in zip(forward, gradients, strict=True):
-        engine.backward(_loss(terms, sums.weights) + _carried(rows, gradient))
+        engine.backward(_loss(terms, sums.weights) + carry(rows, gradient))
         seen.append(_detached(terms))
     sums = _sums(seen, rules) if len(parts) > 1 else sums
     return sums.means, sums.loss, None
@@ -243,17 +257,6 @@ def first_look(module: nn.Module) -> Iterator[None]:
             yield
     finally:
         module.train()
-
-
-def _leaves(parts: Sequence[Embeddings]) -> Embeddings:
-    """All rows of this rank, with nothing behind them and ready to collect a gradient."""
-    first, second = (torch.cat([getattr(rows, view).detach() for rows in parts]).requires_grad_() for view in ("first", "second"))
-    return Embeddings(first, second, torch.cat([rows.uid for rows in parts]), torch.cat([rows.valid for rows in parts]))
-
-
-def _carried(rows: Embeddings, gradient: Tensor) -> Tensor:
-    """A scalar whose gradient is (d rows / d parameters) gradient, for the gradient (2, N, Z) of both views."""
-    return (torch.stack([rows.first, rows.second]) * gradient).sum()
 
 
 def _loss(terms: dict[str, Term], weights: dict[str, float]) -> Tensor:

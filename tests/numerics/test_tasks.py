@@ -12,6 +12,7 @@ from rich.console import Console
 
 from draf_dist.config.spec import parse_yaml, validate_spec
 from draf_dist.data.prepare import prepare
+from draf_dist.errors import SpecError
 from draf_dist.losses.survival import survival_nll
 from draf_dist.losses.task import modality_losses, task_loss, unimodal_task_loss
 from draf_dist.models.link import Link, link_of
@@ -87,6 +88,26 @@ def test_a_run_learns_what_was_planted(raw: Path, tmp_path: Path, kind: str, lab
     assert min(line["nll"] for line in found) < found[0]["nll"]
     assert max(line[score] for line in found) > least
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_cox_trains_a_run_too_and_refuses_other_labels(raw: Path, tmp_path: Path) -> None:
+    settings = {
+        "name": "t",
+        "model": {"kind": "mean", "width": 8},
+        "epochs": 15,
+        "patience": 15,
+        "passes_eval": 4,
+        "batch_size": 32,
+    }
+    settings |= {"optimizer": {"learning_rate": 0.01}, "objective": {"kind": "cox", "lambda_nll": 0.0}}
+    job = FinetuneJob.model_validate(settings | {"release": released(raw, "death", tmp_path / "times")})
+    train(job, str(tmp_path / "run"), console=Console(quiet=True))
+    assert max(line["c_index"] for line in validated(tmp_path / "run")) > 0.65
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "cox" in next(line for line in steps if "terms" in line)["terms"]
+    job = FinetuneJob.model_validate(settings | {"release": released(raw, "findings", tmp_path / "labels")})
+    with pytest.raises(SpecError, match="expected a label of kind survival, found findings"):
+        train(job, str(tmp_path / "other"), console=Console(quiet=True))
 
 
 def test_a_loss_of_labels_is_the_mean_over_the_known_ones() -> None:

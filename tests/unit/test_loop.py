@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -263,6 +264,40 @@ def test_weight_decay_shrinks_weights_without_entering_the_moments() -> None:
     engine.step(0.5)
     assert float(module.weight.detach()) == pytest.approx(before * (1 - 0.5 * 0.1))
     assert first_moment(files) == 0.0
+
+
+class WarmUp:
+    """The task, and the extra term from the third step on."""
+
+    def at(self, step: int) -> Any:
+        def now(model: nn.Module, batch: Batch, keys: Tensor) -> dict[str, Term]:
+            terms = objective(model, batch, keys)
+            return terms | {"extra": replace(terms["extra"], scale=0.1 * (step >= 2))}
+
+        return now
+
+
+def test_an_objective_may_follow_the_step_and_a_run_that_goes_on_does_the_same() -> None:
+    batches = [batch_of(8, step) for step in range(4)]
+
+    def losses(first: int, engine: TorchEngine, state: TrainState) -> list[float]:
+        return [report.loss for report in train_steps(state, engine, enumerate(batches[first:], first), WarmUp(), RULES)]
+
+    engine, _ = OneProcess().start(new_module(), OptimizerConfig())
+    state = TrainState(0, EarlyStopping(patience=1))
+    assert isinstance(engine, TorchEngine)
+    reports = list(train_steps(state, engine, enumerate(batches), WarmUp(), RULES))
+    extra = [report.loss - report.terms["task"] for report in reports]
+    assert extra[:2] == [0, 0]
+    assert extra[2:] == pytest.approx([0.1 * report.terms["extra"] for report in reports[2:]])
+    resumed, _ = OneProcess().start(new_module(), OptimizerConfig())
+    assert isinstance(resumed, TorchEngine)
+    with torch.no_grad():
+        for mine, theirs in zip(resumed.module.parameters(), engine.module.parameters(), strict=True):
+            mine.copy_(theirs)
+    later = losses(3, resumed, TrainState(3, EarlyStopping(patience=1)))
+    terms = objective(engine.module, batches[3], RULES.keys(batches[3]))
+    assert later == pytest.approx([sum((0.1 if n == "extra" else 1) * (t.numerator / t.weight).item() for n, t in terms.items())])
 
 
 def test_reports_say_what_was_consumed() -> None:

@@ -13,7 +13,9 @@ def test_a_model_is_trained_by_its_own_objective_unless_told(model: str, objecti
     assert FinetuneJob.model_validate(job.model_dump(mode="json")) == job
 
 
-@pytest.mark.parametrize(("model", "objective"), [("mean", "aum"), ("aum", "fusion"), ("drfuse", "fusion"), ("draf", "drfuse")])
+@pytest.mark.parametrize(
+    ("model", "objective"), [("mean", "aum"), ("aum", "fusion"), ("aum", "cox"), ("drfuse", "fusion"), ("draf", "drfuse")]
+)
 def test_an_objective_that_leaves_parts_of_the_model_untrained_is_refused(model: str, objective: str) -> None:
     settings = {"name": "j", "release": "r", "model": {"kind": model}, "objective": {"kind": objective}}
     with pytest.raises(ValidationError, match=f"model {model} is trained by the objective"):
