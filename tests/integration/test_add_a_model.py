@@ -69,7 +69,7 @@ def name_it(home: Path) -> None:
 
 def add_to_the_contract(home: Path) -> None:
     """Section 3."""
-    (members,), (entry,) = files_named(section(3)), blocks(section(3), "python")
+    (members,), (entry,) = files_named(section(3)), blocks(section(3), "text")
     imported = blocks(section(2), "python")[0].splitlines()[0]
     insert(home / members, "from draf_dist", imported + "\n")
     text = (home / members).read_text()
