@@ -1,7 +1,6 @@
 """Temperature scaling: one number, fitted on validation, that makes probabilities as sure as they deserve."""
 
 import numpy as np
-from scipy.optimize import brentq
 
 from draf_dist.metrics.calibration import SMALLEST_PROBABILITY, negative_log_likelihood
 from draf_dist.metrics.classification import Floats, Integers
@@ -58,4 +57,7 @@ def _minimum(probability: Floats, label: Integers) -> tuple[float, str]:
         return HIGHEST, "at the upper end of its range: the model carries no information on validation"
     if slope(1 / LOWEST) <= 0:
         return LOWEST, "at the lower end of its range: validation is separated without an error"
+    # Imported here: every rank of a training imports this file, and would spend most of a second at each start.
+    from scipy.optimize import brentq
+
     return float(1 / brentq(slope, 1 / HIGHEST, 1 / LOWEST, xtol=1e-12)), ""

@@ -16,12 +16,13 @@ from torch.nn.utils import get_total_norm
 
 from draf_dist.errors import SpecError, explain
 from draf_dist.training.activation_checkpointing import checkpoint_activations
+from draf_dist.training.adamw import AdamW
 from draf_dist.training.backend import DECODE_THREADS
 from draf_dist.training.bf16 import compute_in_bf16
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.deepspeed_files import DeepSpeedFiles
 from draf_dist.training.job import OptimizerConfig
-from draf_dist.training.not_imported import not_imported
+from draf_dist.training.not_imported import not_compiled, not_imported
 from draf_dist.training.reached import Reached
 
 # DeepSpeed's autotuner imports MLflow wherever it is installed: a quarter of the time that a rank takes to start.
@@ -31,7 +32,12 @@ with not_imported("mlflow"):
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from deepspeed.runtime.utils import register_output_backward_hooks
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
     from deepspeed.utils import logger
+
+# Which nobody uses here; DeepSpeed imports it to ask whether an optimizer is one, and compiles it then.
+with not_compiled():
+    import deepspeed.runtime.zero.muon.muon_optimizer
 
 # ZeRO 3 leaves parameters with fewer elements whole: gathering them costs more than it saves.
 WHOLE_BELOW = 100_000
@@ -41,6 +47,8 @@ LARGEST_BUCKET = 500_000_000
 _AGAIN = -1
 # ZeRO 3 puts its own in place of this one, for the whole process.
 TORCH_LINEAR = functional.linear
+# It knows torch's, of which ours is a kind.
+ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
 
 
 class DeepSpeedEngine:
@@ -166,7 +174,7 @@ class DeepSpeedRanks:
             checkpoint_activations(module, *([_still_gathered] if self.config.zero_stage == 3 else []))
         if self.config.precision == "bf16":
             compute_in_bf16(module, self.device)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         config_dict = settings(self.config, config.clip_norm, sum(p.numel() for p in module.parameters()))
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config_dict)
         files = DeepSpeedFiles(engine, self.config.zero_stage)

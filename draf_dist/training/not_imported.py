@@ -1,8 +1,11 @@
 """Libraries that import others which nobody needs."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import torch
 
 
 @contextmanager
@@ -17,3 +20,21 @@ def not_imported(name: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[name]
+
+
+@contextmanager
+def not_compiled() -> Iterator[None]:
+    """While entered, torch.compile hands functions back as they are: then a module that calls it does not import torch's compiler.
+
+    That takes seconds of every start, and nothing here is compiled.
+    """
+    compiled = torch.compile
+    torch.compile = _as_it_is  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiled
+
+
+def _as_it_is(function: Callable[..., Any] | None = None, **_: object) -> Any:
+    return function if function is not None else _as_it_is

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from draf_dist.errors import DataError, explain
 from draf_dist.training.activation_checkpointing import checkpoint_activations
+from draf_dist.training.adamw import AdamW
 from draf_dist.training.backend import DECODE_THREADS
 from draf_dist.training.fragments import KINDS_OF_ADAM, Fragment, Kind, WholeTensors, kind_of, whole
 from draf_dist.training.job import OptimizerConfig
@@ -105,7 +106,7 @@ class OneProcess:
         module = module.to(self.device)
         if self.activation_checkpointing:
             checkpoint_activations(module)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         return TorchEngine(module, optimizer, clip_norm=config.clip_norm), TorchFiles(module, optimizer)
 
 
