@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def book(folder: Path, event: str, **facts: float) -> None:
 
 def main() -> None:
     import ray
+    from ray.exceptions import RayError
     from ray.train.torch import TorchTrainer
 
     from draf_dist.launch.cores import decode_threads_of
@@ -84,17 +86,21 @@ def main() -> None:
     here = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "_node_ip_address": LOOPBACK}
     ray.init(address="local", _temp_dir=sys.argv[3], log_to_driver=False, **here)
     ranks: Any = partial(rank, folder, decode_threads_of(workers))
-    TorchTrainer(
-        ranks,
-        scaling_config=train.ScalingConfig(num_workers=workers),
-        run_config=train.RunConfig(
-            name="run",
-            storage_path=STORAGE,
-            storage_filesystem=bucket_files(os.environ),
-            checkpoint_config=train.CheckpointConfig(num_to_keep=2),
-            failure_config=train.FailureConfig(max_failures=-1),
-        ),
-    ).fit()
+    while True:
+        trainer = TorchTrainer(
+            ranks,
+            scaling_config=train.ScalingConfig(num_workers=workers),
+            run_config=train.RunConfig(
+                name="run",
+                storage_path=STORAGE,
+                storage_filesystem=bucket_files(os.environ),
+                checkpoint_config=train.CheckpointConfig(num_to_keep=2),
+                failure_config=train.FailureConfig(max_failures=-1),
+            ),
+        )
+        # Ray Train itself gives up where a rank dies just when its function is launched: then somebody starts it again at once.
+        with suppress(train.TrainingFailedError, RayError):
+            trainer.fit()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from disturbed_runs import WORKERS, DisturbedRun, Seen, held
 
@@ -24,6 +26,18 @@ def while_starting(draw: random.Random) -> Moment:
         pids = _new_ranks(run)
         time.sleep(delay)
         return pids[rank], f"a worker, {delay:.1f} s after it was started"
+
+    return Moment(wait, before_step=True)
+
+
+def while_launching(draw: random.Random) -> Moment:
+    """While Ray Train hands the ranks their function, which takes it seconds of imports."""
+    rank = draw.randrange(WORKERS)
+
+    def wait(run: DisturbedRun) -> tuple[int, str]:
+        _new_ranks(run)
+        launching = run.until(lambda: [pid for pid in run.rank_processes() if _does(pid, "run_train_fn")])
+        return launching[rank % len(launching)], "a worker, while its function is launched"
 
     return Moment(wait, before_step=True)
 
@@ -85,6 +99,13 @@ def at_put(draw: random.Random, step: int, doing: str, key: str) -> Moment:
         return pids[rank], f"rank {rank}, {doing}"
 
     return Moment(wait)
+
+
+def _does(pid: int, task: str) -> bool:
+    """Whether a rank's process names this task of its actor as the one in hand, as Ray has it do."""
+    with suppress(OSError):
+        return task in Path(f"/proc/{pid}/cmdline").read_text()
+    return False
 
 
 def _new_ranks(run: DisturbedRun) -> list[int]:

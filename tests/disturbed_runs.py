@@ -73,12 +73,16 @@ class Place:
         return [sys.executable, "-m", "draf_dist.cli.app", *options]
 
     def rank_processes(self) -> list[int]:
-        """Those of ranks on this cluster, oldest first; there may be other clusters on this machine."""
+        """Those of ranks on this cluster, oldest first."""
+        return self.processes_of(RANK_PROCESS)
+
+    def processes_of(self, title: bytes) -> list[int]:
+        """Those on this cluster with such a title, oldest first; there may be other clusters on this machine."""
         found: dict[int, float] = {}
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with suppress(OSError, psutil.Error):
                 pid = int(path.parent.name)
-                if RANK_PROCESS in path.read_bytes() and self.ray.node_of(pid) is not None:
+                if title in path.read_bytes() and self.ray.node_of(pid) is not None:
                     found[pid] = psutil.Process(pid).create_time()
         return sorted(found, key=found.__getitem__)
 

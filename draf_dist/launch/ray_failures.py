@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayActorError, RayError
 from ray.train import ControllerError, TrainingFailedError, UserCallback
 
 from draf_dist.errors import DrafError, UnreachableError, explain
@@ -50,10 +50,13 @@ def gave_up(url: str, failures: int, last: str) -> DrafError:
 
 
 def failed_start(error: Exception) -> str | None:
-    """What became of workers that could not be started; None where it is something else, or they only found no place."""
+    """What became of workers that were not started, or of who starts them; None where it is something else, or without places."""
+    if isinstance(error, ActorDiedError):
+        return "the controller of Ray Train was lost"
     cause = _cause(error)
-    # Ray has no public names for them.
-    return "a worker was lost before it began" if type(cause).__name__ == "WorkerGroupStartupFailedError" else None
+    # Ray has no public name for the one; the other is of a worker that dies just when its function is launched.
+    lost_early = type(cause).__name__ == "WorkerGroupStartupFailedError" or isinstance(cause, RayActorError)
+    return "a worker was lost before it began" if error is not cause and lost_early else None
 
 
 def starts_again(error: Exception) -> bool:

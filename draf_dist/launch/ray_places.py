@@ -40,6 +40,20 @@ class Places:
         return self._least + sum(_is_made(group) for group in self._others)
 
 
+def reserved() -> frozenset[str]:
+    """All reservations of this command, Ray Train's included, by Ray's ids."""
+    job = ray.get_runtime_context().get_job_id()
+    table: dict[str, dict[str, object]] = placement_group_table()
+    # An id ends with that of the job that it was made in.
+    return frozenset(group for group, about in table.items() if group.endswith(job) and about["state"] != "REMOVED")
+
+
+def give_back(groups: Iterable[str]) -> None:
+    """Removes reservations by their ids, and with them what still runs there."""
+    for group in groups:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
+
+
 def lost(nodes: Iterable[str]) -> set[str]:
     """Those of the nodes that no longer answer, or take no more work because they will be taken away. nodes: Ray's ids.
 

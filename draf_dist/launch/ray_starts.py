@@ -14,7 +14,7 @@ from draf_dist.launch.profile import RayProfile
 from draf_dist.launch.ray_desk import Arrival, Desk
 from draf_dist.launch.ray_elastic import PREEMPTION, RESIZE, Failures, Look, Steady, reason_to_stop, workers_to_start
 from draf_dist.launch.ray_failures import as_draf_error, failed_start, gave_up, starts_again
-from draf_dist.launch.ray_places import Places, leaving, lost
+from draf_dist.launch.ray_places import Places, give_back, leaving, lost, reserved
 from draf_dist.training.interrupt import Interrupt
 from draf_dist.training.run import RunResult
 from draf_dist.training.run_folder import open_run
@@ -43,6 +43,7 @@ class Starts:
     _failures: Failures = field(init=False)
     _shown: int = 0
     _began: int = 0
+    _reserved: frozenset[str] = frozenset()
     _reason: str | None = None
     _gave_up: DrafError | None = None
 
@@ -91,6 +92,7 @@ class Starts:
         ended = _Ended()
         # A daemon: a second Ctrl-C ends this process at once.
         thread = threading.Thread(target=ended.after, args=(self.fit, workers), daemon=True)
+        self._reserved = reserved()
         self._began = len(self.desk.arrivals())
         thread.start()
         with Places(self.profile.bundle, 0, self.profile.workers - workers) as more:
@@ -148,6 +150,8 @@ class Starts:
         """Raises what ends the run, if that does."""
         failure = failed_start(error)
         if failure is not None:
+            # Ray Train leaves its places behind where it ends so, and nobody else would find room.
+            give_back(reserved() - self._reserved)
             self._count(failure, "")
         if self._gave_up is not None:
             raise self._gave_up from error

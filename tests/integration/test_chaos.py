@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from disturbed_moments import at_put
+from disturbed_moments import at_put, while_launching
 from disturbed_runs import DisturbedRun, Place, Seen, a_place, held, undisturbed
 from rich.console import Console
 
@@ -97,6 +97,19 @@ def test_a_run_that_lost_a_worker_and_its_server_is_the_undisturbed_run(place: P
     assert run.wrong(expected) == []
     assert [failure.seconds is not None for failure in run.failures] == [True]
     assert len(run.ledger("attempt")) == 2
+
+
+def test_a_worker_lost_while_it_is_launched_and_the_controller_of_ray_train_are_started_again(place: Place) -> None:
+    expected = undisturbed(place)
+    run = DisturbedRun(place, "launched")
+    run.start()
+    run.kill(*while_launching(random.Random(7)).wait(run))
+    run.wait_for_new_step()
+    run.kill(place.processes_of(b"ray::TrainController")[-1], "Ray Train's controller")
+    run.finish()
+    assert run.wrong(expected) == []
+    assert "a worker was lost before it began" in run.said()
+    assert "the controller of Ray Train was lost" in run.said()
 
 
 def test_a_node_lost_one_come_and_one_taken_away_change_nothing_but_the_number_of_workers(
