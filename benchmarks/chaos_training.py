@@ -3,9 +3,10 @@
     python benchmarks/chaos_training.py [--kills 20] [--seed 0] [--json FILE]
 
 A Ray cluster of four raylets and a real S3 server on this machine; `draf train` on two of its workers, again and again. SIGKILL of
-workers at drawn moments, of a raylet, of the command, of the whole cluster; SIGTERM; the S3 server restarted; a checkpoint damaged;
-two attempts at once. Losses, validation, weights and receipts are compared with those of an undisturbed run, to the bit; at each
-failure one interval of checkpoints may be lost at most. Fails if anything is not as it must be. Figures: docs/troubleshooting.md.
+workers at drawn moments, of Ray Train's controller, of a raylet, of the command, of the whole cluster; SIGTERM; the S3 server
+restarted; a checkpoint damaged; two attempts at once. Losses, validation, weights and receipts are compared with those of an
+undisturbed run, to the bit; at each failure one interval of checkpoints may be lost at most. Fails if anything is not as it must
+be. Figures: docs/troubleshooting.md.
 """
 
 import argparse
@@ -29,9 +30,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from disturbed_moments import Moment, at_put, in_step, in_validation, while_restoring, while_starting
+from disturbed_moments import Moment, at_put, in_step, in_validation, while_launching, while_restoring, while_starting
 from disturbed_runs import (
     CACHE,
+    CONTROLLER,
     EVERY_STEPS,
     DisturbedRun,
     Place,
@@ -96,6 +98,7 @@ def cases(place: Place, draw: random.Random, num_kills: int) -> list[Case]:
     parts = [chosen[start : start + KILLS_A_RUN] for start in range(0, len(chosen), KILLS_A_RUN)]
     return [
         *(Case(f"workers-{number}", partial(workers_killed, moments=part)) for number, part in enumerate(parts)),
+        Case("controller", controller_killed),
         Case("raylet", raylet_killed),
         Case("command-killed", command_killed),
         Case("command-stopped", command_stopped),
@@ -110,7 +113,8 @@ def cases(place: Place, draw: random.Random, num_kills: int) -> list[Case]:
 def moments(draw: random.Random, count: int, num_steps: int) -> list[Moment]:
     """Every kind of moment as often as it counts, in runs of KILLS_A_RUN whose steps rise."""
     kinds: list[Callable[[int], Moment]] = [
-        *[lambda step: in_step(draw, step)] * 3,
+        *[lambda step: in_step(draw, step)] * 2,
+        lambda step: while_launching(draw),
         lambda step: at_put(draw, step, "uploading its part", "rank-00000.safetensors"),
         lambda step: while_starting(draw),
         lambda step: at_put(draw, step, "checkpoint being committed", "manifest.json"),
@@ -159,6 +163,15 @@ def workers_killed(run: DisturbedRun, draw: random.Random, moments: list[Moment]
         run.kill(*moment.wait(run))
         if following is None or not following.before_step:
             run.wait_for_new_step()
+    run.finish()
+
+
+def controller_killed(run: DisturbedRun, draw: random.Random) -> None:
+    """The process of Ray Train that watches the workers."""
+    run.start()
+    in_step(draw, draw.randint(EVERY_STEPS, run.place.num_steps // 2)).wait(run)
+    run.kill(run.place.processes_of(CONTROLLER)[-1], "controller of Ray Train")
+    run.wait_for_new_step()
     run.finish()
 
 

@@ -44,6 +44,7 @@ POLL_S = 0.02
 PATIENCE_S = 300.0
 # How Ray calls the processes of ranks.
 RANK_PROCESS = b"RayTrainWorker"
+CONTROLLER = b"ray::TrainController"
 T = TypeVar("T")
 
 

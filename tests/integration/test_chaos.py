@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from disturbed_moments import at_put, while_launching
-from disturbed_runs import DisturbedRun, Place, Seen, a_place, held, undisturbed
+from disturbed_runs import CONTROLLER, DisturbedRun, Place, Seen, a_place, held, undisturbed
 from rich.console import Console
 
 from draf_dist.launch.ray_elastic import PREEMPTION, RESIZE, SETTLE_S
@@ -105,7 +105,7 @@ def test_a_worker_lost_while_it_is_launched_and_the_controller_of_ray_train_are_
     run.start()
     run.kill(*while_launching(random.Random(7)).wait(run))
     run.wait_for_new_step()
-    run.kill(place.processes_of(b"ray::TrainController")[-1], "Ray Train's controller")
+    run.kill(place.processes_of(CONTROLLER)[-1], "Ray Train's controller")
     run.finish()
     assert run.wrong(expected) == []
     assert "a worker was lost before it began" in run.said()
