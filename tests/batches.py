@@ -5,7 +5,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from draf_dist.schema.batch import Batch, ClassTarget, SeriesInput
+from draf_dist.schema.batch import Batch, ClassTarget, SegmentationTarget, SeriesInput
 
 
 def tensors(value: object) -> list[Tensor]:
@@ -14,7 +14,7 @@ def tensors(value: object) -> list[Tensor]:
         return [value]
     if isinstance(value, dict):
         return [tensor for name in sorted(value) for tensor in tensors(value[name])]
-    if isinstance(value, Batch | SeriesInput | ClassTarget):
+    if isinstance(value, Batch | SeriesInput | ClassTarget | SegmentationTarget):
         return [tensor for field in fields(value) for tensor in tensors(getattr(value, field.name))]
     return []
 

@@ -33,13 +33,8 @@ class RandomCrop(Spec):
             )
         return self
 
-    @property
-    def num_regions(self) -> int:
-        """Classes of the region label of an image."""
-        return self.regions_of(2)
-
     def regions_of(self, axes: int) -> int:
-        """Classes of the region label of what has so many axes: 27 of a volume, on a grid of 3."""
+        """Classes of the region label of what has so many axes: on a grid of 3, 9 of an image and 27 of a volume."""
         regions: int = self.grid**axes
         return regions
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 Counts = Mapping[str, Mapping[str, Mapping[str, int]]]
 SHOWN_REJECTIONS = 5
+SHOWN_VARIABLES = 40
 
 
 def print_counts(counts: Counts, title: str) -> None:
@@ -35,7 +36,13 @@ def print_source_counts(counts: "SourceCounts") -> None:
         if made.converted or made.out_of_range or made.unreadable
     ]
     if rows:
-        console.print(table("values", ("variable", "kept", "converted", "out of range", "unreadable"), rows))
+        more = rows[SHOWN_VARIABLES:]
+        sums = [sum(numbers) for numbers in zip(*(row[1:] for row in more), strict=True)]
+        shown = rows[:SHOWN_VARIABLES] + ([(f"{len(more)} more, together", *sums)] if more else [])
+        console.print(table("values", ("variable", "kept", "converted", "out of range", "unreadable"), shown))
+    for title, number in counts.columns_left_out.items():
+        text = f"{title}: {number} left out, for not every site has them, or the release has not."
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
     tables = [
         (name, made.rows, made.not_wanted, made.unmatched, made.bad_time, made.outside_window)
         for name, made in sorted(counts.tables.items())
@@ -48,9 +55,11 @@ def print_nothing_observed(counts: "SourceCounts") -> None:
     """Variables of which a site gave nothing that could be used: most often a wrong code, unit or time format in the card."""
     found = nothing_observed(counts)
     if found:
-        listed = "; ".join(f"{name} at {', '.join(sites)}" for name, sites in found.items())
+        listed = "; ".join(f"{name} at {', '.join(sites)}" for name, sites in list(found.items())[:SHOWN_VARIABLES])
+        more = len(found) - SHOWN_VARIABLES
+        listed += f"; and {more} variables more" if more > 0 else ""
         console.print(
-            f"[yellow]Nothing observed:[/] {listed}. Check code, window and time format in the card.",
+            f"[yellow]Nothing observed:[/] {listed}. Check code, window and time format, of masks the path, in the card.",
             soft_wrap=True,
             highlight=False,
         )

@@ -37,13 +37,19 @@ def ingest(
     """
     from draf_dist.continual.ingest import ingest as ingest_delivery
     from draf_dist.continual.ingest import inspect_delivery
+    from draf_dist.data.release import open_release
     from draf_dist.sources.card import load_card
     from draf_dist.sources.delivery import card_of_sites, read_delivery
     from draf_dist.sources.hospital_export import HospitalExportCard
 
     sites = read_delivery(delivery).sites
     loaded = load_card(card, overrides or ())
-    source = (card_of_sites(loaded, sites) if isinstance(loaded, HospitalExportCard) else loaded).build(delivery)
+    if isinstance(loaded, HospitalExportCard):
+        # What the card takes by pattern was settled when the release was made.
+        recorded = open_release(release).schema if loaded.takes_columns else None
+        source: Source = card_of_sites(loaded, sites).build(delivery, recorded)
+    else:
+        source = loaded.build(delivery)
     key = subject_key(public=source.public_subject_key)
     with termination_as_interrupt(), progress() as bar:
         task = bar.add_task("checking files", total=None)

@@ -10,7 +10,7 @@ from torch import Tensor
 from draf_dist.data.arena import Arena
 from draf_dist.data.decode import UndecodableError, series_shape
 from draf_dist.data.shards import SampleMeta
-from draf_dist.data.targets import target_rows
+from draf_dist.data.targets import MaskRows, TargetRows, target_rows
 from draf_dist.data.volumes import delivered_shape
 from draf_dist.schema.batch import Batch, ModalityInput, SeriesInput
 from draf_dist.schema.label_text import read_label
@@ -23,8 +23,8 @@ class Frame:
 
     Padding (DESIGN 6.4) is zeros with the first modality marked present, weight 0 and uid -1. Rows may be filled by several
     threads at once, each row by one. images: uint8 (B, C, H, W), volumes: (B, C, D, H, W), both of unknown content until a row is
-    filled, cleared or dropped. Images lie channels last in memory, as JPEG decoders write them: turning each would be another pass
-    over it in the decode thread.
+    filled, cleared or dropped. masks: the targets, where these are masks. Images lie channels last in memory, as JPEG decoders
+    write them: turning each would be another pass over it in the decode thread.
     """
 
     def __init__(self, schema: DataSchema, num_rows: int, arena: Arena) -> None:
@@ -49,7 +49,9 @@ class Frame:
         self.severity = np.zeros(shape, dtype=np.float32)
         self.quality = np.zeros(shape, dtype=np.float32)
         self.quality_known = np.zeros(shape, dtype=np.bool_)
-        self.targets = target_rows(schema.label, num_rows)
+        mask = schema.mask
+        self.masks = None if mask is None else MaskRows(mask, schema.num_outputs, num_rows, arena)
+        self.targets: TargetRows = target_rows(schema.label, num_rows) if self.masks is None else self.masks
         self.site, self.epoch = (np.zeros(num_rows, dtype=np.int64) for _ in range(2))
         self.uid = np.full(num_rows, -1, dtype=np.int64)
         self.weight = np.zeros(num_rows, dtype=np.float32)

@@ -1,19 +1,22 @@
 """Arrays -> member bytes, the same bytes for the same array; the counterpart of data/decode.py."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from draf_dist.data.masks import fitted_mask
 from draf_dist.data.shards import PNG_CHANNELS, extension
+from draf_dist.data.volumes import Voxels
 from draf_dist.data.volumes_fit import UnfitVolumeError, fitted
 from draf_dist.data.volumes_write import encode_volume
+from draf_dist.schema.label import SegmentationSpec
 from draf_dist.schema.label_text import label_text
 from draf_dist.schema.modality import DataSchema, ImageSpec, SeriesSpec, TableSpec, VolumeSpec
-from draf_dist.schema.study import RawVolume, Study
+from draf_dist.schema.study import MaskLabel, RawVolume, Study
 
 PNG_COMPRESSION = 6
 MODES = {1: "L", 3: "RGB"}
@@ -23,8 +26,9 @@ MODES = {1: "L", 3: "RGB"}
 class EncodedStudy:
     """A study as a shard holds it.
 
-    members: what `extension` gives -> bytes. present: modalities. out_of_range: "<modality>.<variable>" -> values left out.
-    objects: what lies beside the shards: path in the release's store -> bytes, in the order to write them.
+    members: what `extension` gives -> bytes. present: modalities, and the mask by the label's name. out_of_range:
+    "<modality>.<variable>" -> values left out. objects: what lies beside the shards: path in the release's store -> bytes, in the
+    order to write them.
     """
 
     members: Mapping[str, bytes]
@@ -41,13 +45,37 @@ class UnfitError(Exception):
         self.reason, self.detail = reason, detail
 
 
-def encode_study(study: Study, schema: DataSchema) -> EncodedStudy:
+@dataclass(frozen=True)
+class Bounds:
+    """What is plausible, both ends included: float32 (F,), infinite where a variable has no bound. codes: places of codes."""
+
+    low: NDArray[np.float32]
+    high: NDArray[np.float32]
+    codes: NDArray[np.int64]
+
+
+def bounds_of(spec: SeriesSpec | TableSpec) -> Bounds:
+    """The bounds of a modality's variables, rounded as their values are, or a value on the bound would fall outside."""
+    low = np.array([-np.inf if v.low is None else v.low for v in spec.variables], dtype=np.float32)
+    high = np.array([np.inf if v.high is None else v.high for v in spec.variables], dtype=np.float32)
+    return Bounds(low, high, np.flatnonzero([bool(v.categories) for v in spec.variables]))
+
+
+def all_bounds(schema: DataSchema) -> dict[str, Bounds]:
+    """By modality: with thousands of variables they take longer to put together than a study takes to encode."""
+    return {spec.name: bounds_of(spec) for spec in schema.modalities if isinstance(spec, SeriesSpec | TableSpec)}
+
+
+def encode_study(study: Study, schema: DataSchema, bounds: Mapping[str, Bounds] | None = None) -> EncodedStudy:
     """The members of a study, without its json. A modality of which nothing is observed is absent.
+
+    bounds: those of the schema, for who encodes many studies.
 
     Raises:
         UnfitError: it does not fit the schema, or nothing of it is present.
     """
     _check_names(study, schema)
+    bounds = all_bounds(schema) if bounds is None else bounds
     members: dict[str, bytes] = {}
     present: list[str] = []
     out_of_range: dict[str, int] = {}
@@ -65,7 +93,7 @@ def encode_study(study: Study, schema: DataSchema) -> EncodedStudy:
         if isinstance(spec, ImageSpec):
             stored: NDArray[np.uint8] | NDArray[np.float32] = resized(array, spec)
         else:
-            stored, excluded = in_range(array, spec)
+            stored, excluded = in_range(array, spec, bounds[spec.name])
             out_of_range |= {f"{spec.name}.{name}": count for name, count in excluded.items()}
             if np.isnan(stored).all():
                 continue
@@ -73,13 +101,30 @@ def encode_study(study: Study, schema: DataSchema) -> EncodedStudy:
         present.append(spec.name)
     if not present:
         raise UnfitError("no input", "no modality with an observed value")
+    if (mask := schema.mask) is not None and study.mask is not None:
+        members[extension(mask)], written = _encode_mask(study, study.mask, mask, schema)
+        objects |= written
+        present.append(mask.name)
     return EncodedStudy(members, tuple(present), out_of_range, objects)
 
 
 def _encode_volume(raw: RawVolume, spec: VolumeSpec) -> tuple[bytes, dict[str, bytes]]:
     """The member of a volume, and the objects that it points to."""
+    return _written(lambda: fitted(raw, spec), spec)
+
+
+def _encode_mask(study: Study, mask: RawVolume, spec: VolumeSpec, schema: DataSchema) -> tuple[bytes, dict[str, bytes]]:
+    """The same of a mask, on the grid of its image."""
+    assert isinstance(schema.label, SegmentationSpec)  # or there were no spec
+    image, num_structures = study.volumes.get(schema.label.modality), schema.num_outputs
+    if image is None:
+        raise UnfitError("mask off its image", f"a mask without {schema.label.modality}, the volume that was outlined")
+    return _written(lambda: fitted_mask(mask, image, spec, num_structures), spec)
+
+
+def _written(fit: Callable[[], Voxels], spec: VolumeSpec) -> tuple[bytes, dict[str, bytes]]:
     try:
-        pointer, objects = encode_volume(fitted(raw, spec), spec)
+        pointer, objects = encode_volume(fit(), spec)
     except UnfitVolumeError as error:
         raise UnfitError(error.reason, error.detail) from error
     return pointer.model_dump_json().encode(), objects
@@ -106,7 +151,7 @@ def resized(array: NDArray[np.uint8] | NDArray[np.float32], spec: ImageSpec) -> 
 
 
 def in_range(
-    array: NDArray[np.uint8] | NDArray[np.float32], spec: SeriesSpec | TableSpec
+    array: NDArray[np.uint8] | NDArray[np.float32], spec: SeriesSpec | TableSpec, bounds: Bounds | None = None
 ) -> tuple[NDArray[np.float32], dict[str, int]]:
     """The values, float32 (T, F), with NaN in place of what is implausible; and how many of each variable that were.
 
@@ -116,11 +161,12 @@ def in_range(
     shape = (spec.num_steps if isinstance(spec, SeriesSpec) else 1, len(spec.variables))
     if array.dtype != np.float32 or array.shape != shape:
         raise UnfitError("bad shape", f"{spec.name}: expected float32 {shape}, found {array.dtype} {array.shape}")
-    # Bounds are rounded as the values are, or a value on the bound would fall outside.
-    low = np.array([-np.inf if v.low is None else v.low for v in spec.variables], dtype=np.float32)
-    high = np.array([np.inf if v.high is None else v.high for v in spec.variables], dtype=np.float32)
-    excluded = (array < low) | (array > high) | np.isinf(array)
-    counts = {v.name: int(n) for v, n in zip(spec.variables, excluded.sum(axis=0), strict=True) if n}
+    bounds = bounds_of(spec) if bounds is None else bounds
+    excluded = (array < bounds.low) | (array > bounds.high) | np.isinf(array)
+    codes = array[:, bounds.codes]
+    excluded[:, bounds.codes] |= np.floor(codes) < codes
+    number = excluded.sum(axis=0)
+    counts = {spec.variables[i].name: int(number[i]) for i in np.flatnonzero(number)}
     return np.where(excluded, np.float32(np.nan), array.astype(np.float32, copy=False)), counts
 
 
@@ -143,5 +189,7 @@ def _check_names(study: Study, schema: DataSchema) -> None:
         label_text(schema.label, study.label)
     except ValueError as error:
         raise UnfitError("unknown label", str(error)) from None
+    if isinstance(study.label, MaskLabel) and study.label.drawn != (study.mask is not None):
+        raise UnfitError("unknown label", "a mask that the label does not speak of, or the other way round")
     if unknown := sorted({*study.inputs, *study.volumes} - set(schema.names)):
         raise UnfitError("unknown modality", f"{', '.join(unknown)} beside {', '.join(schema.names)}")

@@ -18,10 +18,12 @@ from draf_dist.data.patches import CENTRE, Patch, PatchRule
 from draf_dist.data.sample import Members, Sample, Source
 from draf_dist.data.shard_reader import Found, IntArray, ShardReader
 from draf_dist.data.shards import ABSENT, OFFSET
+from draf_dist.data.targets import MaskRows
 from draf_dist.errors import DataError
+from draf_dist.schema.label import SegmentationSpec
 from draf_dist.schema.modality import ImageSpec, VolumeSpec
 
-# Of volumes, by row and modality.
+# Of volumes and masks, by row and column of the index.
 Patches = Mapping[tuple[int, int], Patch]
 
 
@@ -73,6 +75,7 @@ class Filler:
         self._hook, self._desk, self._patch_rule = hook, desk, patch_rule
         self._partners = {self.schema.names.index(name): samples for name, samples in (partners or {}).items()}
         self._volumes = [column for column, spec in enumerate(self.schema.modalities) if isinstance(spec, VolumeSpec)]
+        self._mask = None if self.schema.mask is None else len(self.schema.modalities)
 
     @property
     def has_volumes(self) -> bool:
@@ -102,6 +105,10 @@ class Filler:
                 with suppress(DataError):
                     if (patch := sample.patch(column)) is not None:
                         fetched[row, column] = patch
+            if self._mask is not None:
+                with suppress(DataError):
+                    if (patch := sample.mask()) is not None:
+                        fetched[row, self._mask] = patch
         return fetched
 
     def fill(self, frame: Frame, rows: Rows, chunk: range, sources: Sequence[Source], patches: Patches) -> None:
@@ -155,7 +162,8 @@ class _Filling:
         present = [self._modality(row, sample, column) for column in self._columns]
         if True not in present:
             self._lose(row)
-        return 1 + len(present) - present.count(None)
+        num_masks = 0 if self._frame.masks is None else self._mask(row, sample, self._frame.masks)
+        return 1 + len(present) - present.count(None) + num_masks
 
     def _lose(self, row: int) -> None:
         self.num_lost += 1
@@ -167,7 +175,7 @@ class _Filling:
         if index.sites is not None and index.labels is not None:
             frame.describe_by_index(row, sample.uid, int(index.sites[place]), int(index.labels[place]), sample.epoch)
             return
-        column = len(frame.schema.modalities)
+        column = len(found.table) - 1
         content = sample.read(found, column)
         if sample.source.is_local:
             self.local_bytes += len(content)
@@ -196,6 +204,28 @@ class _Filling:
         if is_swapped:
             frame.severity[row, column] = 1.0
         return True
+
+    def _mask(self, row: int, sample: Sample, masks: MaskRows) -> int:
+        """Decodes the mask of a row that is said to have one: how many were read. It is hidden where its image was left out."""
+        frame, column = self._frame, len(self._columns)
+        label = frame.schema.label
+        assert isinstance(label, SegmentationSpec)  # or there were no masks
+        if not masks.observed[row]:
+            return 0
+        if not frame.present[row, frame.schema.names.index(label.modality)]:
+            masks.clear(row)
+            return 0
+        try:
+            patch = self._patches.get((row, column)) or sample.mask()
+            if patch is None:
+                raise sample.without_mask()
+            if sample.source.is_local:
+                self.local_bytes += patch.size_bytes
+            sample.decoded(sample.found, column, lambda: masks.decode(row, patch))
+        except DataError as error:
+            self._desk.leave_out(self._step, error)
+            masks.clear(row)
+        return 1
 
     def _decode(self, row: int, sample: Sample, column: int, found: Found) -> None:
         frame = self._frame

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from draf_dist.data.encode import EncodedStudy, UnfitError, encode_study
+from draf_dist.data.encode import EncodedStudy, UnfitError, all_bounds, encode_study
 from draf_dist.data.in_order import in_order
 from draf_dist.data.shards import META, SampleMeta, encode_meta, extension
 from draf_dist.errors import DataError, explain, together
@@ -157,9 +157,10 @@ def gather(source: Source, spool: Spool, *, subject_key: bytes, limit: float, on
     rejections: list[Rejection] = []
     out_of_range: Counter[str] = Counter()
     leaks = Leaks()
+    bounds = all_bounds(source.schema)
 
     def encode(study: Study | Rejection) -> EncodedStudy | None:
-        return None if isinstance(study, Rejection) else encode_study(study, source.schema)
+        return None if isinstance(study, Rejection) else encode_study(study, source.schema, bounds)
 
     for number, (study, encoded_study) in enumerate(in_order(source.studies(), encode, jobs), start=1):
         on_progress(number, None)

@@ -64,8 +64,10 @@ def subjects_table(rows: Sequence[Row], splits: Mapping[str, Split]) -> pa.Table
 
 
 def count(schema: DataSchema, rows_by_split: Mapping[Split, Sequence[Row]]) -> Counts:
-    """Site -> split -> {"studies": n, "<modality>": n present}, zeros included."""
-    counts: Counts = {site: {split: dict.fromkeys(("studies", *schema.names), 0) for split in SPLITS} for site in schema.sites}
+    """Site -> split -> {"studies": n, "<modality>": n present, "<label>": n masks}, zeros included."""
+    counts: Counts = {
+        site: {split: dict.fromkeys(("studies", *schema.stored_names), 0) for split in SPLITS} for site in schema.sites
+    }
     for split, rows in rows_by_split.items():
         for row in rows:
             for name in ("studies", *row.present):

@@ -71,7 +71,7 @@ class Release:
         path = index_path(shard)
         data = _read_checked(self.store, path, shard.index_sha256)
         try:
-            return self._fitting(decode_index(data, self.schema.names), shard)
+            return self._fitting(decode_index(data, self.schema.stored_names), shard)
         except ValueError as error:
             where = self.store.where(path)
             raise DataError(explain(where, expected="an index", found=str(error), remedy=REWRITE)) from error

@@ -12,6 +12,7 @@ from draf_dist.data.patches import Patch, PatchRule
 from draf_dist.data.shard_reader import Found, IntArray, ShardReader
 from draf_dist.data.shards import ABSENT, OFFSET
 from draf_dist.errors import DataError
+from draf_dist.schema.label import SegmentationSpec
 from draf_dist.schema.modality import VolumeSpec
 
 DecodedT = TypeVar("DecodedT")
@@ -97,6 +98,10 @@ class Sample:
         """The error for a json that is another sample's."""
         return self._error(self.found, len(self.found.table) - 1, "the uid that its name says", "another")
 
+    def without_mask(self) -> DataError:
+        """The error for a sample whose json speaks of a mask that is not there."""
+        return self._error(self.found, len(self.found.table) - 1, "a mask, as it says", "none")
+
     def patch(self, column: int) -> Patch | None:
         """Fetches the patch of a volume; None where there is none.
 
@@ -112,6 +117,29 @@ class Sample:
         assert isinstance(spec, VolumeSpec)
         pointer = self.read(found, column)
         plan = self.decoded(found, column, lambda: self.source.patch_rule.plan(pointer, spec, epoch=self.epoch, uid=uid))
+        return self.decoded(found, column, lambda: Patch.fetched(plan, reader.release.store))
+
+    def mask(self) -> Patch | None:
+        """Fetches the patch of the mask, of the voxels of its own image's patch; None where there is none.
+
+        Raises:
+            DataError: a pointer is damaged, or an object of the mask.
+            UnreachableError: the store does not answer.
+        """
+        reader, found, uid = self.source.reader, self.found, self.uid
+        schema = reader.release.schema
+        spec, column = schema.mask, len(schema.modalities)
+        if spec is None or found.table[column][OFFSET] == ABSENT:
+            return None
+        assert isinstance(schema.label, SegmentationSpec)  # or there were no spec
+        outlined = schema.names.index(schema.label.modality)
+        image = schema.modalities[outlined]
+        assert isinstance(image, VolumeSpec)
+        if found.table[outlined][OFFSET] == ABSENT:
+            raise self._error(found, column, f"a mask beside its {image.name}", f"no {image.name}")
+        pointer, image_pointer = self.read(found, column), self.read(found, outlined)
+        rule = self.source.patch_rule
+        plan = self.decoded(found, column, lambda: rule.plan_mask(pointer, spec, image_pointer, image, epoch=self.epoch, uid=uid))
         return self.decoded(found, column, lambda: Patch.fetched(plan, reader.release.store))
 
     def _error(self, found: Found, column: int, expected: str, what: str) -> DataError:

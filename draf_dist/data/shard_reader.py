@@ -25,7 +25,7 @@ IntArray = NDArray[np.int64]
 
 
 class Found(NamedTuple):
-    """Where a sample lies: row `place` of the index of a shard. table: (offset, size, crc32) of each modality, then of the json."""
+    """Where a sample lies: row `place` of the index of a shard. table: (offset, size, crc32) of each part, then of the json."""
 
     shard: int
     place: int
@@ -41,8 +41,8 @@ class ShardReader:
         self.shards = release.shards(split)
         self._first = np.concatenate([[0], np.cumsum([shard.num_samples for shard in self.shards], dtype=np.int64)])
         self._indexes: SharedCache[int, ShardIndex] = SharedCache(INDEX_BYTES, lambda index: index.members.nbytes)
-        self._suffixes = [extension(spec) for spec in release.schema.modalities] + [META]
-        self._limits = np.array([*(max_member_bytes(spec) for spec in release.schema.modalities), MAX_META_BYTES])
+        self._suffixes = [extension(spec) for spec in release.schema.stored] + [META]
+        self._limits = np.array([*(max_member_bytes(spec) for spec in release.schema.stored), MAX_META_BYTES])
 
     @property
     def num_samples(self) -> int:
@@ -93,11 +93,12 @@ class ShardReader:
     def present(self, samples: IntArray) -> NDArray[np.bool_]:
         """Which modalities the samples have: bool (n, M)."""
         located = zip(*self.locate(samples), strict=True)
-        rows = [self.index(int(shard)).present[row] for shard, row in located]
-        return np.array(rows, dtype=np.bool_).reshape(len(rows), len(self.release.schema.modalities))
+        num_modalities = len(self.release.schema.modalities)
+        rows = [self.index(int(shard)).present[row, :num_modalities] for shard, row in located]
+        return np.array(rows, dtype=np.bool_).reshape(len(rows), num_modalities)
 
     def error(self, shard: int, row: int, column: int, *, expected: str, found: str) -> DataError:
-        """The error for one member, by modality or, for the last column, the json; names release, shard and member."""
+        """The error for one member, by part or, for the last column, the json; names release, shard and member."""
         name = f"{uid_name(int(self.index(shard).uids[row]))}.{self._suffixes[column]}"
         return self._broken(self.shards[shard], expected, found, name)
 

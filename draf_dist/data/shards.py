@@ -57,6 +57,7 @@ class Member:
 class ShardIndex:
     """Where everything of one tar is. Stored as one .npy of int64 (n, 1 + 3 (M + 1)), for a foreign tar two columns wider.
 
+    modalities: names of the M parts in the order of `DataSchema.stored`: the modalities; of a release with masks, then the mask.
     uids: int64 (n,); ascending in a tar of our own, in the order in which they lie in a foreign one.
     members: int64 (n, M + 1, 3) of (offset, size, crc32), -1 where a modality is absent; the last of the M + 1 is the json.
     sites, labels: int64 (n,), indices into those of the schema, or None. A foreign tar has no json of ours: all that a sample
@@ -81,7 +82,7 @@ class ShardIndex:
 
     @property
     def present(self) -> NDArray[np.bool_]:
-        """Which modalities each sample has: bool (n, M)."""
+        """Which of the M parts each sample has: bool (n, M)."""
         return np.asarray(self.members[:, :-1, OFFSET] != ABSENT)
 
     def member(self, i: int, modality: str) -> Member | None:
@@ -231,7 +232,7 @@ def index_tar(path: Path, schema: DataSchema) -> ShardIndex:
     Raises:
         DataError: it is no tar, or holds a member that does not belong there; the first such member is named.
     """
-    columns = {extension(spec): column for column, spec in enumerate(schema.modalities)} | {META: len(schema.modalities)}
+    columns = {extension(spec): column for column, spec in enumerate(schema.stored)} | {META: len(schema.stored)}
     rows: dict[int, NDArray[np.int64]] = {}
     for name, member in _walk(path):
         stem, _, suffix = name.partition(".")
@@ -241,7 +242,7 @@ def index_tar(path: Path, schema: DataSchema) -> ShardIndex:
         row = rows.setdefault(int(stem, 16), np.full((len(columns), 3), ABSENT, dtype=np.int64))
         row[columns[suffix]] = member.offset, member.size, member.crc32
     members = np.stack(list(rows.values())) if rows else np.empty((0, len(columns), 3), dtype=np.int64)
-    return ShardIndex(schema.names, np.fromiter(rows, dtype=np.int64, count=len(rows)), members)
+    return ShardIndex(schema.stored_names, np.fromiter(rows, dtype=np.int64, count=len(rows)), members)
 
 
 def _walk(path: Path) -> Iterator[tuple[str, Member]]:

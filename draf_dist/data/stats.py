@@ -7,6 +7,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from draf_dist.data.category_counts import CategoryCounts
 from draf_dist.data.decode import Bytes, decode_image, decode_series, series_shape
 from draf_dist.data.volumes import STEP, open_pointer
 from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, SeriesSpec, TableSpec, VolumeSpec
@@ -87,14 +88,19 @@ class VariableMoments:
         """To go on from later, without a rounding: JSON gives every float64 back as it was."""
         return VariableSums(count=tuple(self.count.tolist()), mean=tuple(self.mean.tolist()), squares=tuple(self.squares.tolist()))
 
-    def result(self, spec: SeriesSpec | TableSpec) -> tuple[VariableStats, ...]:
-        """Mean and population standard deviation; (0, 1) for binary or never observed, deviation 1 where all values are equal."""
-        return tuple(self._of(i, is_numeric=variable.type == "numeric") for i, variable in enumerate(spec.variables))
+    def result(
+        self, spec: SeriesSpec | TableSpec, categories: Mapping[int, tuple[int, ...]] | None = None
+    ) -> tuple[VariableStats, ...]:
+        """Mean and population standard deviation; (0, 1) unless numeric and observed, deviation 1 where all values are equal.
 
-    def _of(self, i: int, *, is_numeric: bool) -> VariableStats:
+        categories: place of a categorical variable -> how often each category was observed.
+        """
+        return tuple(self._of(i, one.type == "numeric", (categories or {}).get(i, ())) for i, one in enumerate(spec.variables))
+
+    def _of(self, i: int, is_numeric: bool, categories: tuple[int, ...]) -> VariableStats:
         count = int(self.count[i])
         if not count or not is_numeric:
-            return VariableStats(mean=0.0, std=1.0, num_observed=count)
+            return VariableStats(mean=0.0, std=1.0, num_observed=count, categories=categories)
         std = float(np.sqrt(self.squares[i] / count))
         return VariableStats(mean=float(self.mean[i]), std=std or 1.0, num_observed=count)
 
@@ -129,6 +135,11 @@ class StatsBuilder:
             for spec in schema.modalities
             if isinstance(spec, SeriesSpec | TableSpec)
         }
+        self._categories = {
+            spec.name: CategoryCounts(spec, variables[spec.name].categories if spec.name in variables else ())
+            for spec in schema.modalities
+            if isinstance(spec, SeriesSpec | TableSpec)
+        }
 
     def add(self, inputs: Inputs) -> None:
         """Counts the present modalities of one sample, as they are stored."""
@@ -138,13 +149,18 @@ class StatsBuilder:
             elif name in self._images:
                 self._images[name].add(array.astype(np.uint8, copy=False))
             else:
-                self._variables[name].add(array.astype(np.float32, copy=False))
+                values = array.astype(np.float32, copy=False)
+                self._variables[name].add(values)
+                self._categories[name].add(values)
 
     def sums(self) -> TrainingSums:
         """The sums of what was added so far, and of what came before."""
         return TrainingSums(
             images={name: moments.sums() for name, moments in self._images.items()},
-            variables={name: moments.sums() for name, moments in self._variables.items()},
+            variables={
+                name: moments.sums().model_copy(update={"categories": self._categories[name].sums()})
+                for name, moments in self._variables.items()
+            },
         )
 
     def result(self) -> ReleaseStats:
@@ -152,7 +168,7 @@ class StatsBuilder:
         return ReleaseStats(
             images={name: moments.result() for name, moments in self._images.items()},
             variables={
-                spec.name: self._variables[spec.name].result(spec)
+                spec.name: self._variables[spec.name].result(spec, self._categories[spec.name].by_column())
                 for spec in self._schema.modalities
                 if isinstance(spec, SeriesSpec | TableSpec)
             },

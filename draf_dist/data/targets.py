@@ -5,10 +5,16 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from draf_dist.data.arena import Arena
+from draf_dist.data.decode import UndecodableError
+from draf_dist.data.masks import mask_problem
+from draf_dist.data.patches import Patch
+from draf_dist.data.volumes import delivered_shape
 from draf_dist.errors import SpecError, explain
-from draf_dist.schema.batch import ClassTarget, MultiLabelTarget, SurvivalTarget, Target
+from draf_dist.schema.batch import ClassTarget, MultiLabelTarget, SegmentationTarget, SurvivalTarget, Target
 from draf_dist.schema.label import LabelSpec, MultiLabelSpec, SurvivalSpec, TaskSpec
-from draf_dist.schema.study import StudyLabel, TimeToEvent
+from draf_dist.schema.modality import VolumeSpec
+from draf_dist.schema.study import MaskLabel, StudyLabel, TimeToEvent
 
 
 class TargetRows(Protocol):
@@ -95,3 +101,42 @@ class _Times:
 
     def target(self) -> Target:
         return SurvivalTarget(*(torch.from_numpy(part) for part in (self.time, self.event, self.interval, self.observed)))
+
+
+class MaskRows:
+    """Masks of the patches that a batch holds, int64 (B, D, H, W); unknown until one is decoded into its row.
+
+    spec: how masks are stored. A row has the memory of an earlier batch in it until it is decoded, set or cleared.
+    """
+
+    def __init__(self, spec: VolumeSpec, num_structures: int, num_rows: int, arena: Arena) -> None:
+        self._shape, self._num_structures = delivered_shape(spec), num_structures
+        self.mask, self._tensor = arena.take((num_rows, *self._shape[1:]), np.dtype(np.int64))
+        self.observed = np.zeros(num_rows, dtype=np.bool_)
+
+    def set(self, row: int, label: StudyLabel) -> None:
+        """What the study's json says; `decode` is to follow where there is a mask."""
+        assert isinstance(label, MaskLabel)
+        self.observed[row] = label.drawn
+        if not label.drawn:
+            self.mask[row] = 0
+
+    def decode(self, row: int, patch: Patch) -> None:
+        """The mask of a row.
+
+        Raises:
+            UndecodableError: it is damaged, or holds what is no structure.
+        """
+        stored = np.empty(self._shape, dtype=np.int16)
+        patch.decode(stored)
+        if problem := mask_problem(stored, self._num_structures):
+            raise UndecodableError(problem)
+        self.mask[row] = stored[0]
+
+    def clear(self, row: int) -> None:
+        """Makes a row unknown, with 0 in it."""
+        self.mask[row], self.observed[row] = 0, False
+
+    def target(self) -> Target:
+        """The target, which shares the memory."""
+        return SegmentationTarget(self._tensor, torch.from_numpy(self.observed))

@@ -14,16 +14,21 @@ import numpy as np
 from draf_dist.data.decode import UndecodableError, decode_study
 from draf_dist.data.descent import broken, check_descent, leak
 from draf_dist.data.foreign_verify import read_foreign
+from draf_dist.data.masks import mask_problem
+from draf_dist.data.patches import check_mask_grid
 from draf_dist.data.receipts import receipt
 from draf_dist.data.release import SUBJECTS_SCHEMA, Release, index_path, tar_path
 from draf_dist.data.shards import META, READ_BLOCK_BYTES, Member, ShardIndex, extension, index_tar, sha256_of
 from draf_dist.data.splits import component_of
 from draf_dist.data.stats import StatsBuilder, decode_member
+from draf_dist.data.volumes import read_whole
 from draf_dist.data.volumes_check import check_volume
 from draf_dist.schema.identity import uid_name
+from draf_dist.schema.label import SegmentationSpec
 from draf_dist.schema.label_text import read_label
 from draf_dist.schema.modality import DataSchema, ImageSpec, VolumeSpec
 from draf_dist.schema.release import SPLITS, ShardRecord, Split
+from draf_dist.schema.study import MaskLabel, StudyLabel
 from draf_dist.schema.volume import VolumePointer
 from draf_dist.storage import MissingError, room_on
 
@@ -153,6 +158,8 @@ class _Contents:
         self._images: dict[bytes, int] = {}
         # Digest of a volume that was found to be whole -> its bytes.
         self._volumes: dict[str, int] = {}
+        # Of masks whose values are structures of the schema.
+        self._masks: set[str] = set()
 
     @property
     def num_samples(self) -> int:
@@ -190,9 +197,11 @@ class _Contents:
     def _check_sample(self, shard: ShardRecord, index: ShardIndex, i: int, file: BinaryIO, where: str) -> None:
         uid = int(index.uids[i])
         stem = f"{where}: {uid_name(uid)}"
-        self._check_meta(shard, uid, _read(f"{stem}.{META}", index.meta(i), file), f"{stem}.{META}")
-        members = {spec.name: (index.member(i, spec.name), extension(spec)) for spec in self._release.schema.modalities}
+        label = self._check_meta(shard, uid, _read(f"{stem}.{META}", index.meta(i), file), f"{stem}.{META}")
+        members = {spec.name: (index.member(i, spec.name), extension(spec)) for spec in self._release.schema.stored}
         found = {name: _read(f"{stem}.{suffix}", member, file) for name, (member, suffix) in members.items() if member is not None}
+        if (spec := self._release.schema.mask) is not None and (label == MaskLabel(drawn=True)) != (spec.name in found):
+            raise broken(f"{stem}.{META}", "a mask where the label says so, and nowhere else", "the contrary")
         self._check_inputs(shard, uid, found, stem)
         self.num_members += 1
 
@@ -213,19 +222,46 @@ class _Contents:
                 self._check_volume(decode_member(data, spec))
         if shard.split == "train":
             self._stats.add(inputs)
+        masks = self._check_mask(members, stem)
         self._uids[shard.split].append(uid)
-        self._counts.update((self._studies[uid].site, shard.split, name) for name in ("studies", *inputs))
-        self.num_members += len(inputs)
+        self._counts.update((self._studies[uid].site, shard.split, name) for name in ("studies", *inputs, *masks))
+        self.num_members += len(inputs) + len(masks)
 
-    def _check_meta(self, shard: ShardRecord, uid: int, data: bytes, where: str) -> None:
+    def _check_mask(self, members: Mapping[str, bytes], stem: str) -> tuple[str, ...]:
+        """The mask of a sample, if there is one, down to its voxels; as what it counts. Equal ones of two subjects are no leak."""
+        schema = self._release.schema
+        if (spec := schema.mask) is None or spec.name not in members:
+            return ()
+        assert isinstance(schema.label, SegmentationSpec)  # or there were no spec
+        place = f"{stem}.{extension(spec)}"
+        image = next(one for one in schema.modalities if one.name == schema.label.modality)
+        if image.name not in members:
+            raise broken(place, f"a mask beside its {image.name}", f"no {image.name}")
+        assert isinstance(image, VolumeSpec)
+        try:
+            pointer = decode_member(members[spec.name], spec)
+            check_mask_grid(pointer, decode_member(members[image.name], image))
+        except UndecodableError as error:
+            raise broken(place, "a mask as schema.json describes it", str(error)) from error
+        self._check_volume(pointer)
+        if pointer.digest not in self._masks:
+            self._masks.add(pointer.digest)
+            if problem := mask_problem(read_whole(self._release.store, pointer), schema.num_outputs):
+                raise broken(place, "the structures of schema.json", problem)
+        return (spec.name,)
+
+    def _check_meta(self, shard: ShardRecord, uid: int, data: bytes, where: str) -> StudyLabel:
+        """The label that the json says."""
         schema = self._release.schema
         try:
             meta = decode_study(data)
         except UndecodableError as error:
             raise broken(where, "the json of a sample", str(error)) from error
-        if meta.uid != uid or meta.site not in schema.sites or not _is_label(schema, meta.label):
+        label = _label(schema, meta.label)
+        if meta.uid != uid or meta.site not in schema.sites or label is None:
             raise broken(where, "its uid, and a site and label of schema.json", "others")
         self._check_row(uid, _Study(meta.subject, meta.site, shard.split, meta.label), where)
+        return label
 
     def _check_row(self, uid: int, study: _Study, where: str) -> None:
         """Against its row in subjects.parquet; a subject that nothing beside it names is not compared."""
@@ -271,12 +307,12 @@ class _Contents:
             raise broken(where, "sums.json to be the sums of the training split", "others")
 
 
-def _is_label(schema: DataSchema, text: str) -> bool:
+def _label(schema: DataSchema, text: str) -> StudyLabel | None:
+    """None where the text is no label of the schema."""
     try:
-        read_label(schema.label, text)
+        return read_label(schema.label, text)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _read(where: str, member: Member, file: BinaryIO) -> bytes:

@@ -43,7 +43,7 @@ def fitted(raw: RawVolume, spec: VolumeSpec) -> Voxels:
     if math.prod(sides) * spec.channels > MAX_VOXELS:
         found = f"{sides} voxels at {list(spec.spacing_mm)} mm"
         raise UnfitVolumeError("volume too large", f"{spec.name}: {found}, at most {MAX_VOXELS} are allowed")
-    target = _target(sides, spec)
+    target = target_sides(sides, spec)
     if problem := size_problem((spec.channels, *target), spec):
         raise UnfitVolumeError("volume too large", f"{spec.name}: {problem}")
     planes = [boxed(resampled(_clean(plane, spec), raw.spacing_mm, spec.spacing_mm), target, spec.fill) for plane in raw.voxels]
@@ -54,7 +54,7 @@ def fitted(raw: RawVolume, spec: VolumeSpec) -> Voxels:
 def new_sides(sides: tuple[int, ...], spacing_mm: Spacing, wanted_mm: Spacing) -> Sides:
     """Voxels along each axis on the new grid: the old extent over the new spacing, rounded, at least 1."""
     d, h, w = (
-        side if _same(old, new) else max(1, round(side * old / new))
+        side if same_spacing(old, new) else max(1, round(side * old / new))
         for side, old, new in zip(sides, spacing_mm, wanted_mm, strict=True)
     )
     return d, h, w
@@ -67,7 +67,7 @@ def resampled(
 
     Returned as it is where the spacing is the wanted one already.
     """
-    factors = [1.0 if _same(old, new) else new / old for old, new in zip(spacing_mm, wanted_mm, strict=True)]
+    factors = [1.0 if same_spacing(old, new) else new / old for old, new in zip(spacing_mm, wanted_mm, strict=True)]
     if factors == [1.0, 1.0, 1.0]:
         return plane
     sides = new_sides(plane.shape, spacing_mm, wanted_mm)
@@ -109,11 +109,13 @@ def boxed(plane: NDArray[np.int16] | NDArray[np.float32], target: Sides, fill: i
     return box
 
 
-def _same(one: float, other: float) -> bool:
+def same_spacing(one: float, other: float) -> bool:
+    """Whether two spacings differ by no more than headers round."""
     return abs(one - other) <= SAME_SPACING * other
 
 
-def _target(sides: Sides, spec: VolumeSpec) -> Sides:
+def target_sides(sides: Sides, spec: VolumeSpec) -> Sides:
+    """Voxels along each axis of what is stored, of a volume that has so many at the new spacing."""
     if spec.shape is not None:
         return spec.shape
     d, h, w = (max(side, wanted) for side, wanted in zip(sides, spec.delivered, strict=True))

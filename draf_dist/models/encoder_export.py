@@ -12,7 +12,7 @@ from draf_dist.config.spec import canonical_json
 from draf_dist.errors import SpecError, explain, together
 from draf_dist.models.encoders import EncoderConfig
 from draf_dist.models.exchange import check_digest, digest, fill, require_files, unreadable, weights_of
-from draf_dist.schema.modality import ImageSpec, ModalitySpec, SeriesSpec, VolumeSpec
+from draf_dist.schema.modality import ImageSpec, ModalitySpec, SeriesSpec, VariableSpec, VolumeSpec
 from draf_dist.schema.record import Record
 from draf_dist.schema.release import ReleaseStats
 
@@ -136,9 +136,16 @@ def _reading(spec: ModalitySpec) -> dict[str, str]:
     if isinstance(spec, VolumeSpec):
         sides, spacing = (" x ".join(f"{value:g}" for value in values) for values in (spec.delivered, spec.spacing_mm))
         return {"size": f"{spec.channels} x {sides}", "spacing": f"{spacing} mm"}
-    variables = ", ".join(f"{one.name} [{one.unit}{', binary' if one.type == 'binary' else ''}]" for one in spec.variables)
+    variables = ", ".join(f"{one.name} [{_stored_as(one)}]" for one in spec.variables)
     grid = {"steps": f"{spec.num_steps} of {spec.step_h:g} h"} if isinstance(spec, SeriesSpec) else {}
     return {"variables": variables, **grid}
+
+
+def _stored_as(variable: VariableSpec) -> str:
+    """The unit of a number; of codes what each of them means, in their order: another order is another meaning."""
+    if variable.categories:
+        return f"categorical: {' / '.join(variable.categories)}"
+    return f"{variable.unit}{', binary' if variable.type == 'binary' else ''}"
 
 
 def _config_pairs(wanted: EncoderConfig, found: EncoderConfig) -> list[tuple[str, str, str]]:

@@ -57,7 +57,10 @@ class SurvivalTarget:
 
 @dataclass(frozen=True)
 class SegmentationTarget:
-    """mask: int64 (B, D, H, W) or (B, H, W) in [0, K), of the part of the image that was delivered; observed: bool (B,)."""
+    """mask: int64 (B, D, H, W) or (B, H, W) in [0, K), or IGNORED (-1), of the part of the image that was delivered.
+
+    observed: bool (B,), False where there is no mask (then it is 0).
+    """
 
     mask: Tensor
     observed: Tensor

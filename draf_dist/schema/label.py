@@ -58,6 +58,10 @@ class SurvivalSpec(Record):
         return tuple(f"[{low}, {high}) {self.unit}" for low, high in pairwise(bounds))
 
 
+# In a mask: a voxel of which nobody says what it is. It counts in no loss and no metric.
+IGNORED = -1
+
+
 class SegmentationSpec(Record):
     """A class for every voxel of one modality's volume or image; the first is the background."""
 

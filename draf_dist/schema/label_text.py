@@ -2,15 +2,18 @@
 
 import math
 
-from draf_dist.schema.label import LabelSpec, MultiLabelSpec, SurvivalSpec, TaskSpec
-from draf_dist.schema.study import StudyLabel, TimeToEvent
+from draf_dist.schema.label import LabelSpec, MultiLabelSpec, SegmentationSpec, SurvivalSpec, TaskSpec
+from draf_dist.schema.study import MaskLabel, StudyLabel, TimeToEvent
 
 _ANSWERS: dict[bool | None, str] = {False: "0", True: "1", None: "-"}
 _READ = {text: answer for answer, text in _ANSWERS.items()}
+_DRAWN, _NOT_DRAWN = "mask", "-"
 
 
 def label_text(task: TaskSpec, label: StudyLabel) -> str:
     """A class by its name; labels as one of 0, 1 and - (unknown) each, in order; a time as 412.5, censored as 412.5+.
+
+    Of a mask, which lies beside its image, `mask` or - (there is none).
 
     Raises:
         ValueError: the label does not fit the task; the text says how, and nothing of a subject but the label itself.
@@ -30,6 +33,8 @@ def label_text(task: TaskSpec, label: StudyLabel) -> str:
             if not (math.isfinite(label.time) and label.time >= 0):
                 raise ValueError(f"a time of {label.time:g} {task.unit}")
             return f"{label.time!r}{'' if label.event else '+'}"
+        case SegmentationSpec(), MaskLabel():
+            return _DRAWN if label.drawn else _NOT_DRAWN
         case _:
             raise ValueError(f"a label of another kind than {task.name}")
 
@@ -49,9 +54,11 @@ def read_label(task: TaskSpec, text: str) -> StudyLabel:
 
 
 def stratum(label: StudyLabel) -> int:
-    """What splits keep in proportion: the class; whether the event was seen; 0 where no label holds, else the first + 1."""
+    """What splits keep in proportion: the class; whether an event was seen, a mask drawn; the first label that holds + 1, or 0."""
     if isinstance(label, TimeToEvent):
         return int(label.event)
+    if isinstance(label, MaskLabel):
+        return int(label.drawn)
     if isinstance(label, tuple):
         return label.index(True) + 1 if True in label else 0
     return label
@@ -59,7 +66,7 @@ def stratum(label: StudyLabel) -> int:
 
 def num_strata(task: TaskSpec) -> int:
     """How many values `stratum` has."""
-    return 2 if isinstance(task, SurvivalSpec) else len(task.outputs) + (not isinstance(task, LabelSpec))
+    return 2 if isinstance(task, SurvivalSpec | SegmentationSpec) else len(task.outputs) + (not isinstance(task, LabelSpec))
 
 
 def _parsed(task: TaskSpec, text: str) -> StudyLabel:
@@ -71,4 +78,4 @@ def _parsed(task: TaskSpec, text: str) -> StudyLabel:
         case SurvivalSpec():
             return TimeToEvent(float(text.removesuffix("+")), not text.endswith("+"))
         case _:
-            raise ValueError(f"{task.name} is a mask, which has no text")
+            return MaskLabel(text == _DRAWN)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from draf_dist.errors import SpecError, explain
-from draf_dist.schema.label import LabelSpec, TaskSpec
+from draf_dist.schema.label import LabelSpec, SegmentationSpec, TaskSpec
 from draf_dist.schema.record import Record
 
 
@@ -13,14 +13,34 @@ class VariableSpec(Record):
     """One column of a series or table, in its canonical unit.
 
     low and high bound what is plausible, both inclusive, in the canonical unit; None means unbounded. A value outside is
-    not observed. Binary variables are 0 or 1 and are not standardised.
+    not observed. Binary variables are 0 or 1 and are not standardised. Categorical ones, of tables alone, hold codes: value i is
+    categories[i], whose order means nothing; they have no unit, low is 0 and high the last code.
     """
 
     name: str
     unit: str = ""
     low: float | None = None
     high: float | None = None
-    type: Literal["numeric", "binary"] = "numeric"
+    type: Literal["numeric", "binary", "categorical"] = "numeric"
+    # Left out of what is stored where empty, or every release without any had another version.
+    categories: tuple[str, ...] = Field((), exclude_if=lambda categories: categories == ())
+
+    @model_validator(mode="after")
+    def _has_categories_or_none(self) -> "VariableSpec":
+        if self.type != "categorical" and not self.categories:
+            return self
+        if self.type != "categorical":
+            raise ValueError(f"a {self.type} variable has no categories")
+        if len(self.categories) < 2 or len(set(self.categories)) != len(self.categories):
+            raise ValueError("a categorical variable has two or more categories, each once")
+        if (self.unit, self.low, self.high) != ("", 0, len(self.categories) - 1):
+            raise ValueError(f"codes of {len(self.categories)} categories have no unit and reach from 0 to the last")
+        return self
+
+    @classmethod
+    def categorical(cls, name: str, categories: tuple[str, ...]) -> "VariableSpec":
+        """A variable that holds codes."""
+        return cls(name=name, low=0.0, high=float(len(categories) - 1), type="categorical", categories=categories)
 
 
 class ImageSpec(Record):
@@ -93,6 +113,12 @@ class SeriesSpec(Record):
     num_steps: int = Field(ge=1)
     step_h: float = Field(gt=0)
 
+    @model_validator(mode="after")
+    def _holds_no_codes(self) -> "SeriesSpec":
+        if codes := ", ".join(one.name for one in self.variables if one.type == "categorical"):
+            raise ValueError(f"a series holds numbers, not codes ({codes}): categorical variables belong in a table")
+        return self
+
 
 class TableSpec(Record):
     """One row of values known at the anchor: (1, F), NaN on disk where not observed. A series of one step."""
@@ -116,6 +142,33 @@ class DataSchema(Record):
     def names(self) -> tuple[str, ...]:
         """Modality names in axis order."""
         return tuple(spec.name for spec in self.modalities)
+
+    @property
+    def mask(self) -> VolumeSpec | None:
+        """How the masks of a segmentation are stored: as one more volume on the grid of theirs; None for any other label.
+
+        Raises:
+            SpecError: the masks are those of a modality that is no volume.
+        """
+        if not isinstance(self.label, SegmentationSpec):
+            return None
+        wanted = self.label.modality
+        image = next((spec for spec in self.modalities if spec.name == wanted and isinstance(spec, VolumeSpec)), None)
+        if image is None:
+            remedy = "Masks are stored on the grid of a volume."
+            raise SpecError(explain(f"label {self.label.name}", expected="masks of a volume", found=repr(wanted), remedy=remedy))
+        changed = {"name": self.label.name, "channels": 1, "dtype": "int16", "unit": "", "clip": None, "fill": 0}
+        return image.model_copy(update=changed)
+
+    @property
+    def stored(self) -> tuple[ModalitySpec, ...]:
+        """What a sample is made of beside its json, in the order of an index: the modalities, then the mask if one is asked for."""
+        return self.modalities if self.mask is None else (*self.modalities, self.mask)
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """The names of `stored`."""
+        return tuple(spec.name for spec in self.stored)
 
     @property
     def num_outputs(self) -> int:

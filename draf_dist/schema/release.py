@@ -44,11 +44,16 @@ class ShardRecord(Record):
 
 
 class VariableStats(Record):
-    """Mean and standard deviation over what is observed in the training split; (0, 1) for binary or never observed."""
+    """Mean and standard deviation over what is observed in the training split; (0, 1) unless numeric and ever observed.
+
+    categories: of a categorical variable, how often each category is observed there.
+    """
 
     mean: float
     std: float
     num_observed: int
+    # Left out of what is stored where empty, as below, or every older release had another version.
+    categories: tuple[int, ...] = Field((), exclude_if=lambda categories: categories == ())
 
 
 class ImageStats(Record):
@@ -79,11 +84,15 @@ class ImageSums(Record):
 
 
 class VariableSums(Record):
-    """Of one modality, per variable: values observed, their mean, the sum of their squared deviations from it."""
+    """Of one modality, per variable: values observed, their mean, the sum of their squared deviations from it.
+
+    categories: by categorical variable, in their order, how often each category is observed.
+    """
 
     count: tuple[int, ...]
     mean: tuple[float, ...]
     squares: tuple[float, ...]
+    categories: tuple[tuple[int, ...], ...] = Field((), exclude_if=lambda categories: categories == ())
 
 
 class TrainingSums(Record):
@@ -142,7 +151,7 @@ LATER_FIELDS = ("deliveries", "sums_sha256")
 
 
 class ReleaseManifest(Record):
-    """release.json, written last. counts: site -> split -> {"studies": n, "<modality>": n present}.
+    """release.json, written last. counts: site -> split -> {"studies": n, "<modality>": n present}; of masks, by the label's name.
 
     version is the first 16 hex digits of the sha256 of everything else here but the parent. subject_key_check names the key
     that the subjects were hashed with, without giving it away; studies of held_out_sites are in split `ood` only.

@@ -11,11 +11,13 @@ class RawVolume:
     """A 3-D image as a source decoded it, already turned to the patient's axes.
 
     voxels: int16 or float32 (C, D, H, W) in the unit of the schema, any D, H, W; D grows towards the head, H towards the front, W
-    towards the patient's right; NaN where the scanner saw nothing. spacing_mm: of voxel centres along (D, H, W).
+    towards the patient's right; NaN where the scanner saw nothing. spacing_mm: of voxel centres along (D, H, W). affine: (3, 4),
+    from (d, h, w, 1) to the RAS millimetres of a voxel's centre; None where nobody asks.
     """
 
     voxels: NDArray[np.int16] | NDArray[np.float32]
     spacing_mm: tuple[float, float, float]
+    affine: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,15 @@ class TimeToEvent:
     event: bool
 
 
-# What is known of a study's label: a class index; for each of K labels whether it holds, None where unknown; a time.
-StudyLabel = int | tuple[bool | None, ...] | TimeToEvent
+@dataclass(frozen=True)
+class MaskLabel:
+    """Whether somebody outlined the structures in a study's volume; the mask itself is Study.mask."""
+
+    drawn: bool
+
+
+# What is known of a study's label: a class index; for each of K labels whether it holds, None where unknown; a time; a mask.
+StudyLabel = int | tuple[bool | None, ...] | TimeToEvent | MaskLabel
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,8 @@ class Study:
     volumes maps modality -> 3-D image. image_digests maps modality -> sha256 hex of the raw image or volume: one that two subjects
     claim is a leak.
     label is of the kind that the schema asks for. quality maps modality -> [0, 1] where the source knows it. where is the place in
-    the export, a file and a row, for messages: never a subject.
+    the export, a file and a row, for messages: never a subject. mask: int16 (1, D, H, W) on the voxels of the volume that the label
+    is about, each the index of a structure or IGNORED.
     """
 
     subject: str
@@ -52,6 +62,7 @@ class Study:
     quality: dict[str, float] = field(default_factory=dict)
     where: str = ""
     volumes: dict[str, RawVolume] = field(default_factory=dict)
+    mask: RawVolume | None = None
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,14 @@ class TableCounts:
 
 @dataclass
 class SourceCounts:
-    """Tallies of one pass: variables by `modality.variable`, tables by `modality.table`. Complete once the pass has ended."""
+    """Tallies of one pass: variables by `modality.variable`, tables by `modality.table`. Complete once the pass has ended.
+
+    columns_left_out: by what names them in the card, how many columns it means and does not take, for not every site has them.
+    """
 
     variables: dict[str, VariableCounts] = field(default_factory=dict)
     tables: dict[str, TableCounts] = field(default_factory=dict)
+    columns_left_out: dict[str, int] = field(default_factory=dict)
 
 
 class Described(Protocol):

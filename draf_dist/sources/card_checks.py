@@ -23,6 +23,8 @@ from draf_dist.sources.card_model import (
     VariableCard,
     VolumeCard,
 )
+from draf_dist.sources.card_parts import token
+from draf_dist.sources.card_segmentation import SegmentationCard
 
 
 def check_card(card: Card, *, where: str) -> None:
@@ -114,10 +116,33 @@ def _label_problems(card: Card) -> Iterator[str]:
         if isinstance(label, LabelCard):
             yield from _twice(f"labels: {name}: classes", label.classes)
             yield from _unknown(f"labels: {name}: values", label.values.values(), label.classes, "one of the classes")
+        if isinstance(label, SegmentationCard):
+            yield from _mask_problems(card, name, label)
         studies = card.tables.get(card.studies.table)
         for column in sorted(label.where.keys() & studies.where.keys()) if studies is not None else ():
             expected, found = "columns that the table's own `where` lacks", f"{column!r} in both"
             yield explain(f"labels: {name}: where", expected=expected, found=found, remedy="Take it out of one of them.")
+
+
+def _mask_problems(card: Card, name: str, label: SegmentationCard) -> Iterator[str]:
+    place = f"labels: {name}"
+    volumes = {modality.name: modality for modality in card.modalities if isinstance(modality, VolumeCard)}
+    yield from _unknown(f"{place}: modality", (label.modality,), volumes, "one of the modalities of kind volume")
+    if name == "json" or name in {modality.name for modality in card.modalities}:
+        remedy = "A release names the files of masks after the label."
+        yield explain(place, expected="a name that no modality has", found=repr(name), remedy=remedy)
+    yield from _path_problems(place, label.path, fields=_file_fields(card))
+    image = volumes.get(label.modality)
+    if "{file}" not in label.path:
+        yield explain(place, expected="a path with {file}", found=repr(label.path), remedy="For example '{site}/masks/{file}'.")
+    elif image is not None and (label.path, label.file or image.file) == (image.path, image.file):
+        yield explain(
+            place, expected="other files than those of the images", found=repr(label.path), remedy="Give those of the masks."
+        )
+
+
+def _file_fields(card: Card) -> tuple[str, ...]:
+    return ("site", "file") if isinstance(card.sites, SiteFolders) else ("file",)
 
 
 def _modality_problems(card: Card, modality: ModalityCard) -> Iterator[str]:
@@ -178,8 +203,7 @@ def _time_problems(card: Card, modality: ModalityCard, table: TableCard) -> Iter
 
 def _file_problems(card: Card, image: FileCard, table: TableCard) -> Iterator[str]:
     place = f"modality {image.name}"
-    fields = ("site", "file") if isinstance(card.sites, SiteFolders) else ("file",)
-    yield from _path_problems(place, image.path, fields=fields)
+    yield from _path_problems(place, image.path, fields=_file_fields(card))
     if "{file}" not in image.path:
         yield explain(place, expected="a path with {file}", found=repr(image.path), remedy="For example '{site}/images/{file}'.")
     if table.code is not None:
@@ -200,9 +224,24 @@ def _variables_problems(card: Card, modality: SeriesCard | TableModalityCard, ta
     for hot in hots:
         for name, code in hot.codes.items():
             yield from _local_problems(card, f"variable {hot.prefix}{name}", code, modality.absent_at)
+    if isinstance(modality, TableModalityCard):
+        yield from _columns_problems(card, modality, table)
     for variable in modality.variables:
-        yield from _variable_problems(card, variable, table, modality.absent_at)
+        yield from _variable_problems(card, f"variable {variable.name}", variable, table, modality.absent_at)
+        if variable.type == "categorical":
+            yield from _category_problems(card, variable, table, modality)
     yield from _label_as_input(card, modality, table)
+
+
+def _columns_problems(card: Card, modality: TableModalityCard, table: TableCard) -> Iterator[str]:
+    for entry in modality.columns:
+        place = f"modality {modality.name}: {entry.title()}"
+        if table.code is not None:
+            remedy = "List its codes as `variables`."
+            yield explain(place, expected="a wide table, one column a variable", found="a long one", remedy=remedy)
+        if entry.listed is not None:
+            yield from _path_problems(place, entry.listed.path, fields=())
+        yield from _variable_problems(card, place, entry.rule, table, modality.absent_at)
 
 
 def _label_as_input(card: Card, modality: SeriesCard | TableModalityCard, table: TableCard) -> Iterator[str]:
@@ -218,8 +257,9 @@ def _label_as_input(card: Card, modality: SeriesCard | TableModalityCard, table:
         yield explain(f"variable {name}", expected="another column", found=found, remedy="Take it out: it is what is predicted.")
 
 
-def _variable_problems(card: Card, variable: VariableCard, table: TableCard, absent_at: tuple[str, ...]) -> Iterator[str]:
-    place = f"variable {variable.name}"
+def _variable_problems(
+    card: Card, place: str, variable: VariableCard, table: TableCard, absent_at: tuple[str, ...]
+) -> Iterator[str]:
     if variable.code is not None:
         yield from _local_problems(card, place, variable.code, absent_at)
     if isinstance(variable.unit, dict):
@@ -243,6 +283,32 @@ def _variable_problems(card: Card, variable: VariableCard, table: TableCard, abs
         except units.UnitError:
             expected = f"a unit convertible to {variable.canonical_unit or 'a plain number'}"
             yield explain(place, expected=expected, found=repr(unit), remedy=conversion_remedy(unit, variable))
+
+
+def _category_problems(
+    card: Card, variable: VariableCard, table: TableCard, modality: SeriesCard | TableModalityCard
+) -> Iterator[str]:
+    place = f"variable {variable.name}: categories"
+    if isinstance(modality, SeriesCard):
+        remedy = "Take the last one into a table."
+        yield explain(place, expected="a modality of kind table", found="a series, which holds numbers", remedy=remedy)
+    for name, words in variable.category_words.items():
+        yield from _local_problems(card, f"{place}: {name}", words, modality.absent_at)
+    unknown = {token(text) for text in (*card.missing, *table.missing)}
+    yield from dict.fromkeys(
+        problem for site in card.sites.names() for problem in _word_problems(place, variable.words_at(site), unknown)
+    )
+
+
+def _word_problems(place: str, words: Iterable[tuple[str, int]], unknown: set[str]) -> Iterator[str]:
+    meanings: dict[str, int] = {}
+    for word, code in words:
+        if meanings.setdefault(token(word), code) != code:
+            remedy = "Give it to one of them; numbers compare as numbers."
+            yield explain(place, expected="every word in one category", found=f"{word!r} in two", remedy=remedy)
+        if token(word) in unknown:
+            remedy = "Take it out of `missing` (of the card, or of the table), or out of the categories."
+            yield explain(place, expected="words that are known", found=f"{word!r}, which means missing", remedy=remedy)
 
 
 def conversion_remedy(unit: str, variable: VariableCard) -> str:

@@ -1,4 +1,4 @@
-"""Labels of a card: a class, several labels at once, or the time of an event, in columns of the studies table."""
+"""Labels of a card: a class, several labels at once, or the time of an event, in columns of the studies table; or a mask."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -8,8 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from draf_dist.schema.label import LabelSpec, MultiLabelSpec, SurvivalSpec
 from draf_dist.sources.card_parts import CardPart, Name
-
-Values = str | tuple[str, ...]
+from draf_dist.sources.card_segmentation import SegmentationCard, Values
 
 
 class LabelCard(CardPart):
@@ -107,6 +106,9 @@ def _kind(value: object) -> str:
 
 
 AnyLabelCard = Annotated[
-    Annotated[LabelCard, Tag("class")] | Annotated[MultiLabelCard, Tag("multilabel")] | Annotated[SurvivalCard, Tag("survival")],
+    Annotated[LabelCard, Tag("class")]
+    | Annotated[MultiLabelCard, Tag("multilabel")]
+    | Annotated[SurvivalCard, Tag("survival")]
+    | Annotated[SegmentationCard, Tag("segmentation")],
     Discriminator(_kind),
 ]

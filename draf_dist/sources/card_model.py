@@ -1,22 +1,25 @@
 """The card as a model: sites, tables, anchor, variables, modalities, labels. docs/cards.md shows each as a small example."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from draf_dist.config.spec import fingerprint
 from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, SeriesSpec, TableSpec, VariableSpec
+from draf_dist.sources.card_columns import ColumnsCard as ColumnsCard
 from draf_dist.sources.card_labels import AnyLabelCard
 from draf_dist.sources.card_parts import CardPart as CardPart
 from draf_dist.sources.card_parts import Name as Name
 from draf_dist.sources.card_parts import SiteName as SiteName
 from draf_dist.sources.card_parts import WindowHours as WindowHours
+from draf_dist.sources.card_variables import Code as Code
+from draf_dist.sources.card_variables import LocalCode as LocalCode
+from draf_dist.sources.card_variables import MultiHot as MultiHot
+from draf_dist.sources.card_variables import VariableCard as VariableCard
+from draf_dist.sources.card_variables import codes_at as codes_at
 from draf_dist.sources.card_volume import VolumeCard as VolumeCard
-
-# One local code, several that mean the same, or one entry per site (null: this site does not record it).
-Code = str | tuple[str, ...]
-LocalCode = Code | dict[SiteName, Code | None]
-LocalUnit = str | dict[SiteName, str]
 
 DEFAULT_MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", "?")
 
@@ -149,73 +152,6 @@ class StudiesCard(CardPart):
     repeat: Literal["each", "first", "last"] = "each"
 
 
-class VariableCard(CardPart):
-    """One variable of a series or table.
-
-    code: the local code (long table) or column (wide table); default: the name. unit: what the export's numbers are in, where the
-    unit column does not say; canonical: what the release stores (default: `unit`). range: plausible values in the canonical unit,
-    both ends included; what lies outside is not observed, and counted. missing: numbers that mean "not known".
-    values: strings -> numbers. molar_mass_g_mol: needed to go between mass and amount (mg/dL, mmol/L); valence: needed to go
-    between mEq and mmol. aggregate: overrides that of the modality.
-    """
-
-    name: Name
-    code: LocalCode | None = None
-    unit: LocalUnit | None = None
-    canonical: str | None = None
-    range: tuple[float | None, float | None] = (None, None)
-    type: Literal["numeric", "binary"] = "numeric"
-    values: dict[str, float] = Field(default_factory=dict)
-    missing: tuple[float, ...] = ()
-    molar_mass_g_mol: float | None = Field(None, gt=0)
-    valence: int | None = Field(None, ge=1)
-    aggregate: Literal["last", "mean", "min", "max"] | None = None
-
-    @model_validator(mode="after")
-    def _range_is_ordered(self) -> "VariableCard":
-        low, high = self.range
-        if low is not None and high is not None and low >= high:
-            raise ValueError(f"range [{low}, {high}] is empty")
-        if self.type == "binary" and self.range != (None, None):
-            raise ValueError("a binary variable is 0 or 1 and needs no range")
-        return self
-
-    @property
-    def canonical_unit(self) -> str:
-        """The unit of the release; empty for a plain number."""
-        return self.canonical if self.canonical is not None else self.unit if isinstance(self.unit, str) else ""
-
-    def codes_at(self, site: str) -> tuple[str, ...]:
-        """Local codes or columns at a site; empty where the site does not record the variable."""
-        return codes_at(self.name if self.code is None else self.code, site)
-
-    def unit_at(self, site: str) -> str | None:
-        """The unit that the card states for a site; None where it states none."""
-        return self.unit.get(site) if isinstance(self.unit, dict) else self.unit
-
-    def spec(self) -> VariableSpec:
-        """The variable as the release describes it."""
-        low, high = self.range
-        return VariableSpec(name=self.name, unit=self.canonical_unit, low=low, high=high, type=self.type)
-
-
-class MultiHot(CardPart):
-    """Binary variables from one column of a wide table that holds codes joined by a separator.
-
-    codes: variable -> its codes; a code that ends in `*` stands for all that begin so. prefix goes before every variable's name.
-    Without a separator the whole cell is one code (one-hot). An empty cell means none of them; NA, ? and the like mean not known.
-    """
-
-    column: str
-    separator: str | None = Field(None, min_length=1)
-    prefix: str = Field("", pattern=r"^([a-z][a-z0-9_]*)?$")
-    codes: dict[Name, LocalCode] = Field(min_length=1)
-
-    def specs(self) -> tuple[VariableSpec, ...]:
-        """The variables as the release describes them."""
-        return tuple(VariableSpec(name=f"{self.prefix}{name}", type="binary") for name in self.codes)
-
-
 class ImageCard(CardPart):
     """One image per study: the latest in the window. Sites in absent_at have none (the same for every kind of modality).
 
@@ -267,7 +203,7 @@ class SeriesCard(CardPart):
 
 
 class TableModalityCard(CardPart):
-    """One row of variables: the aggregate of each over the window, and multi-hot codes."""
+    """One row of variables: the aggregate of each over the window, many columns of a wide table at once, and multi-hot codes."""
 
     kind: Literal["table"] = "table"
     name: Name
@@ -276,18 +212,24 @@ class TableModalityCard(CardPart):
     window_h: WindowHours | None = None
     aggregate: Literal["last", "mean", "min", "max"] = "last"
     variables: tuple[VariableCard, ...] = ()
+    # Left out of what is stored where empty, or every older release had another version.
+    columns: tuple[ColumnsCard, ...] = Field((), exclude_if=lambda columns: columns == ())
     multi_hot: tuple[MultiHot, ...] = ()
 
     @model_validator(mode="after")
     def _has_variables(self) -> "TableModalityCard":
-        if not self.variables and not self.multi_hot:
-            raise ValueError("a table needs `variables` or `multi_hot`")
+        if not self.variables and not self.columns and not self.multi_hot:
+            raise ValueError("a table needs `variables`, `columns` or `multi_hot`")
         return self
 
-    def spec(self) -> ModalitySpec:
-        """The modality as the release describes it: plain variables first, then the multi-hot ones, in the order of the card."""
+    def spec(self, columns: tuple[VariableSpec, ...] = ()) -> ModalitySpec:
+        """The modality as the release describes it: plain variables, then `columns`, then the multi-hot ones.
+
+        columns: those that were found for the patterns and lists of the card, which only the export can say.
+        """
         plain = tuple(variable.spec() for variable in self.variables)
-        return TableSpec(name=self.name, variables=plain + tuple(spec for hot in self.multi_hot for spec in hot.specs()))
+        hot = tuple(spec for hot in self.multi_hot for spec in hot.specs())
+        return TableSpec(name=self.name, variables=plain + columns + hot)
 
 
 # Modalities that are a file a study, named by a row of a table.
@@ -328,19 +270,22 @@ class Card(CardPart):
         return table.model_copy(update={"where": {**table.where, **wanted}})
 
     @property
+    def takes_columns(self) -> bool:
+        """Whether only the export can say which variables there are."""
+        return any(isinstance(modality, TableModalityCard) and bool(modality.columns) for modality in self.modalities)
+
+    @property
     def sha256(self) -> str:
         """Fingerprint of the card with all defaults filled in and overrides applied."""
         return fingerprint(self)
 
-    def data_schema(self) -> DataSchema:
-        """What a release made with this card holds: a function of the card alone."""
-        label = self.chosen_label.spec(self.label)
-        return DataSchema(modalities=tuple(modality.spec() for modality in self.modalities), label=label, sites=self.sites.names())
+    def data_schema(self, columns: Mapping[str, tuple[VariableSpec, ...]] = MappingProxyType({})) -> DataSchema:
+        """What a release made with this card holds: a function of the card, and of the columns found where it takes many at once.
 
-
-def codes_at(code: Any, site: str) -> tuple[str, ...]:
-    """The codes of a LocalCode at one site, as a tuple; empty where there are none."""
-    here = code.get(site) if isinstance(code, dict) else code
-    if here is None:
-        return ()
-    return (here,) if isinstance(here, str) else tuple(here)
+        columns: modality -> its columns, see find_columns.
+        """
+        modalities = tuple(
+            modality.spec(columns.get(modality.name, ())) if isinstance(modality, TableModalityCard) else modality.spec()
+            for modality in self.modalities
+        )
+        return DataSchema(modalities=modalities, label=self.chosen_label.spec(self.label), sites=self.sites.names())

@@ -1,5 +1,6 @@
 """What every part of a card is made of: names, and the window before the anchor."""
 
+import math
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
@@ -19,3 +20,13 @@ class CardPart(Spec):
     """Base: codes such as 220045 may be written without quotes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+
+def token(text: str) -> str:
+    """A text as labels and categories compare it: numbers by value (1, 1.0 and 01 are one), the rest as it stands."""
+    text = text.strip()
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return repr(number) if math.isfinite(number) else text

@@ -138,12 +138,16 @@ def _modality_at(sites: Sequence[str], modality: ModalityCard) -> ModalityCard:
     if isinstance(modality, SeriesCard | TableModalityCard):
         changes["variables"] = tuple(_variable_at(sites, variable) for variable in modality.variables)
     if isinstance(modality, TableModalityCard):
+        changes["columns"] = tuple(each.model_copy(update={"unit": _code_at(sites, each.unit)}) for each in modality.columns)
         changes["multi_hot"] = tuple(_multi_hot_at(sites, hot) for hot in modality.multi_hot)
     return modality.model_copy(update=changes)
 
 
 def _variable_at(sites: Sequence[str], variable: VariableCard) -> VariableCard:
-    return variable.model_copy(update={"code": _code_at(sites, variable.code), "unit": _code_at(sites, variable.unit)})
+    changes = {"code": _code_at(sites, variable.code), "unit": _code_at(sites, variable.unit)}
+    if isinstance(variable.categories, dict):
+        changes["categories"] = {name: _code_at(sites, words) for name, words in variable.categories.items()}
+    return variable.model_copy(update=changes)
 
 
 def _multi_hot_at(sites: Sequence[str], hot: MultiHot) -> MultiHot:

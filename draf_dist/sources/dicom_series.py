@@ -57,7 +57,7 @@ TILT_MM = 0.1
 
 @dataclass(frozen=True)
 class Series:
-    """voxels: (X, Y, Z, 1), columns first. affine: (3, 3), indices to RAS millimetres. sha256: of the files, in any order."""
+    """voxels: (X, Y, Z, 1), columns first. affine: (3, 4), indices to RAS millimetres. sha256: of the files, in any order."""
 
     voxels: NDArray[np.int16] | NDArray[np.float32]
     affine: NDArray[np.float64]
@@ -91,7 +91,8 @@ def read_series(folder: Path, *, must_be_ct: bool) -> Series:
             raise ImageError("image too large", f"more than {MAX_VOXELS} voxels")
         planes = [_read_plane(slices[i]) for i in order]
     across, down = np.array(slices[0].orientation).reshape(2, 3)
-    lps = np.stack([across * slices[0].spacing[1], down * slices[0].spacing[0], normal * step], axis=1)
+    first = np.array(slices[order[0]].position)
+    lps = np.stack([across * slices[0].spacing[1], down * slices[0].spacing[0], normal * step, first], axis=1)
     digests = sorted(hashlib.sha256(one.path.read_bytes()).hexdigest() for one in slices)
     voxels: NDArray[Any] = np.stack([plane.T for plane in planes], axis=2)
     return Series(voxels[..., None], np.diag([-1.0, -1.0, 1.0]) @ lps, hashlib.sha256("".join(digests).encode()).hexdigest())

@@ -8,12 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from draf_dist.errors import DataError, SpecError, explain, together
-from draf_dist.schema.study import RawVolume, Rejection, Study
+from draf_dist.schema.modality import DataSchema
+from draf_dist.schema.study import MaskLabel, RawVolume, Rejection, Study
 from draf_dist.sources import records, site_column
-from draf_dist.sources.base import SourceCounts, TableCounts
+from draf_dist.sources.base import SourceCounts, TableCounts, VariableCounts
 from draf_dist.sources.card_checks import check_card
 from draf_dist.sources.card_model import Card, FileCard, ImageCard, ModalityCard, SiteColumn, VolumeCard
+from draf_dist.sources.find_columns import Columns, find_columns
 from draf_dist.sources.images import Claims, ImageChoice, ImageError, choose_images, image_columns, load_image
+from draf_dist.sources.study_masks import SiteMasks, mask_names, site_masks
 from draf_dist.sources.study_rows import StudyRows, count_rows, in_window, join_rows, read_studies, study_columns
 from draf_dist.sources.tables import NO_TIME, Table, TableFile, find_table, read_table
 
@@ -21,22 +24,32 @@ from draf_dist.sources.tables import NO_TIME, Table, TableFile, find_table, read
 class HospitalExport:
     """The source of kind `hospital_export`: a card and the raw folder that it describes.
 
+    recorded: what the release holds that the export goes into. Where the card takes columns by pattern or list, those of the
+    release are taken; without one, those that the export has.
+
     Raises:
         SpecError: the card contradicts itself, or there is no such folder.
+        DataError: columns that the card takes by pattern or list are not there as it says.
     """
 
-    def __init__(self, card: Card, raw: Path) -> None:
+    def __init__(self, card: Card, raw: Path, recorded: DataSchema | None = None) -> None:
         check_card(card, where=f"card {card.name}")
         if not raw.is_dir():
             raise SpecError(explain(str(raw), expected="a folder", found="none", remedy="Give the raw export's folder with --raw."))
         self.card = card
         self.raw = raw
         self.name = card.name
-        self.schema = card.data_schema()
+        self.columns = find_columns(card, raw, recorded)
+        wide = {name: tuple(spec for one in taken for spec in one.specs()) for name, taken in self.columns.items()}
+        self.schema = card.data_schema(wide)
         self.held_out_sites = frozenset(card.split.held_out_sites)
         self.public_subject_key = card.split.public_subject_key
         self.card_sha256 = card.sha256
-        self.counts = SourceCounts()
+        self.counts = self._no_counts()
+
+    def _no_counts(self) -> SourceCounts:
+        left_out = {f"{name}: {one.card.title()}": one.left_out for name, taken in self.columns.items() for one in taken}
+        return SourceCounts(columns_left_out={title: number for title, number in left_out.items() if number})
 
     def studies(self) -> Iterator[Study | Rejection]:
         """Every study once: sites in the card's order, within a site in the order of the studies table.
@@ -45,8 +58,8 @@ class HospitalExport:
             DataError: the export as a whole does not fit the card. Files and columns of all sites are checked before the first
                 study is yielded; units and images claimed twice when their site is read.
         """
-        self.counts = SourceCounts()
-        reader = _Reader(self.card, self.raw)
+        self.counts = self._no_counts()
+        reader = _Reader(self.card, self.raw, self.columns)
         reader.check()
         claims = Claims({})
         keys = _StudyKeys(self.card)
@@ -60,7 +73,7 @@ class HospitalExport:
         content = _SiteContent()
         problems = []
         for modality in self.card.modalities:
-            if not _is_recorded(modality, studies.site):
+            if not _is_recorded(modality, studies.site, self.columns):
                 continue
             try:
                 self._read_modality(reader, claims, studies, modality, content)
@@ -69,8 +82,20 @@ class HospitalExport:
         if problems:
             raise DataError(together(problems))
         subjects = studies.subject.to_pylist()
+        num_masks = 0
         for i in range(len(studies)):
-            yield self._study(studies, content, i, subjects[i])
+            study = self._study(studies, content, i, subjects[i])
+            num_masks += isinstance(study, Study) and study.mask is not None
+            yield study
+        if content.masks is not None:
+            self._count_masks(content.masks.card.modality, studies.site, num_masks)
+
+    def _count_masks(self, modality: str, site: str, num_masks: int) -> None:
+        """A wrong path looks as if nobody had outlined anything, so that is told."""
+        counts = self.counts.variables.setdefault(f"{modality}.{self.card.label}", VariableCounts())
+        counts.observed += num_masks
+        if not num_masks:
+            counts.empty_at.append(site)
 
     def _read_modality(
         self, reader: "_Reader", claims: Claims, studies: StudyRows, modality: ModalityCard, content: "_SiteContent"
@@ -81,12 +106,15 @@ class HospitalExport:
         count_rows(rows, table, tally, shared=reader.is_shared(modality.table))
         inside = in_window(rows, modality.window_h, tally)
         if not isinstance(modality, ImageCard | VolumeCard):
-            parts = records.Extract(self.card, studies.site, modality, table, inside, len(studies))
+            wide = self.columns.get(modality.name, ())
+            parts = records.Extract(self.card, studies.site, modality, table, inside, len(studies), wide)
             content.values[modality.name] = records.extract(parts, self.counts.variables)
             return
         folder = self.card.sites.folder(studies.site)
         claims.check(modality, table, studies, rows, folder=folder)
-        content.images[modality.name] = (modality, table, choose_images(modality, table, inside, folder=folder))
+        chosen = choose_images(modality, table, inside, folder=folder)
+        content.images[modality.name] = (modality, table, chosen)
+        content.masks = site_masks(self.card, modality, table, studies, inside, chosen, claims) or content.masks
         # Whether an image with an unreadable time is from before the anchor can't be known, and it may be the one that counts.
         undated = rows.select(rows.age_us == NO_TIME)
         content.undated |= dict(zip(undated.study.tolist(), map(table.where, undated.position.tolist()), strict=True))
@@ -97,6 +125,7 @@ class HospitalExport:
         inputs: dict[str, NDArray[np.uint8] | NDArray[np.float32]] = {}
         volumes: dict[str, RawVolume] = {}
         digests: dict[str, str] = {}
+        mask: RawVolume | None = None
         for modality in self.card.modalities:
             values = content.values.get(modality.name)
             if values is not None and not np.isnan(values[i]).all():
@@ -108,6 +137,8 @@ class HospitalExport:
                 try:
                     if isinstance(modality, VolumeCard):
                         volumes[modality.name], digests[modality.name] = _load_volume(self.raw, chosen[i], modality)
+                        if content.masks is not None and content.masks.card.modality == modality.name:
+                            mask = content.masks.read(self.raw, i, volumes[modality.name])
                     else:
                         inputs[modality.name], digests[modality.name] = load_image(self.raw, chosen[i], modality)
                 except ImageError as error:
@@ -121,23 +152,25 @@ class HospitalExport:
             studies.site,
             anchor,
             inputs,
-            label,
+            label if mask is None else MaskLabel(drawn=True),
             image_digests=digests,
             where=studies.where(i),
             volumes=volumes,
+            mask=mask,
         )
 
 
 class HospitalExportCard(Card):
     """The card of kind `hospital_export`."""
 
-    def build(self, raw: Path) -> HospitalExport:
-        """The source that reads a raw folder by this card.
+    def build(self, raw: Path, recorded: DataSchema | None = None) -> HospitalExport:
+        """The source that reads a raw folder by this card. recorded: see HospitalExport.
 
         Raises:
             SpecError: there is no such folder.
+            DataError: columns that the card takes by pattern or list are not there as it says.
         """
-        return HospitalExport(self, raw)
+        return HospitalExport(self, raw, recorded)
 
 
 @dataclass
@@ -145,20 +178,22 @@ class _SiteContent:
     """What one site holds. values: modality -> (n, T, F).
 
     images: modality of images or volumes -> its card, table, choice by study.
-    undated: study -> the place of an image whose time is not known.
+    undated: study -> the place of an image whose time is not known. masks: of the modality that the label is about.
     """
 
     values: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     images: dict[str, tuple[FileCard, Table, dict[int, ImageChoice]]] = field(default_factory=dict)
     undated: dict[int, str] = field(default_factory=dict)
+    masks: SiteMasks | None = None
 
 
 class _Reader:
     """Tables of an export: each read once per site with all columns that anything needs; files of all sites are kept."""
 
-    def __init__(self, card: Card, raw: Path) -> None:
+    def __init__(self, card: Card, raw: Path, columns: Columns) -> None:
         self._card = card
         self._raw = raw
+        self._columns = columns
         self._site = ""
         self._tables: dict[str, Table] = {}
 
@@ -173,8 +208,14 @@ class _Reader:
             DataError: what is missing, all files together.
         """
         problems: dict[str, None] = {}
+        seen: set[tuple[str, str]] = set()
         for site in self._card.sites.names():
             for name in self._needed(site):
+                # A file of all sites is one file, and may have thousands of columns.
+                key = (name, "" if self.is_shared(name) else site)
+                if key in seen:
+                    continue
+                seen.add(key)
                 try:
                     self._find(name, site)
                 except DataError as error:
@@ -204,12 +245,14 @@ class _Reader:
         if isinstance(card.sites, SiteColumn):
             needed[card.studies.table].add(card.sites.column)
         for modality in card.modalities:
-            if not _is_recorded(modality, site):
+            if not _is_recorded(modality, site, self._columns):
                 continue
             if isinstance(modality, ImageCard | VolumeCard):
                 columns = image_columns(card, modality)
+                if (names := mask_names(card, modality)) is not None:
+                    columns.add(names.file)
             else:
-                columns = records.record_columns(card, modality, site)
+                columns = records.record_columns(card, modality, site, self._columns.get(modality.name, ()))
             needed.setdefault(modality.table, set()).update(columns)
         return needed
 
@@ -247,8 +290,10 @@ def _load_volume(raw: Path, choice: ImageChoice, card: VolumeCard) -> tuple[RawV
     return load_volume(raw, choice.file, card)
 
 
-def _is_recorded(modality: ModalityCard, site: str) -> bool:
-    return site not in modality.absent_at if isinstance(modality, ImageCard | VolumeCard) else records.is_recorded(modality, site)
+def _is_recorded(modality: ModalityCard, site: str, columns: Columns) -> bool:
+    if isinstance(modality, ImageCard | VolumeCard):
+        return site not in modality.absent_at
+    return records.is_recorded(modality, site, columns.get(modality.name, ()))
 
 
 def _studies_of_site(card: Card, reader: _Reader, site: str) -> tuple[StudyRows, list[Rejection]]:

@@ -7,6 +7,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +48,21 @@ def image_columns(card: Card, image: FileCard) -> set[str]:
     return {name for name in (table.study or table.subject, table.time, image.file) if name is not None}
 
 
-def choose_images(image: FileCard, table: Table, rows: MatchedRows, *, folder: str) -> dict[int, ImageChoice]:
+class FileNames(Protocol):
+    """Where files are: the column with their names, and the path that `{site}` and `{file}` complete."""
+
+    @property
+    def file(self) -> str:
+        """The column."""
+        ...
+
+    @property
+    def path(self) -> str:
+        """Below the raw folder."""
+        ...
+
+
+def choose_images(image: FileNames, table: Table, rows: MatchedRows, *, folder: str) -> dict[int, ImageChoice]:
     """By study, the latest image in its window; of equal times the one further down the file."""
     names = table.text(image.file).to_pylist()
     order = np.lexsort((rows.position, rows.age_us))
@@ -61,7 +76,7 @@ class Claims:
 
     owner: dict[str, tuple[str, str]]
 
-    def check(self, image: FileCard, table: Table, studies: StudyRows, rows: MatchedRows, *, folder: str) -> None:
+    def check(self, image: FileNames, table: Table, studies: StudyRows, rows: MatchedRows, *, folder: str) -> None:
         """Notes the files of all rows that belong to a study, inside the window or not.
 
         Raises:
@@ -157,5 +172,5 @@ def _levelled(pixels: NDArray[np.float64], low: float, high: float) -> NDArray[n
     return np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
 
 
-def _path(image: FileCard, name: str, folder: str) -> str:
+def _path(image: FileNames, name: str, folder: str) -> str:
     return image.path.replace("{site}", folder).replace("{file}", name)

@@ -13,13 +13,15 @@ from draf_dist.sources import tables, units
 from draf_dist.sources.base import VariableCounts
 from draf_dist.sources.card_checks import conversion_remedy
 from draf_dist.sources.card_model import Card, MultiHot, SeriesCard, TableModalityCard, VariableCard, codes_at
+from draf_dist.sources.column_values import column_values
+from draf_dist.sources.find_columns import TakenColumns
 from draf_dist.sources.study_rows import MatchedRows
 from draf_dist.sources.tables import MICROSECONDS_PER_HOUR, Table
 
 
 @dataclass(frozen=True)
 class Extract:
-    """One modality's share of one site: its table and which rows of it belong to which study."""
+    """One modality's share of one site: its table and which rows of it belong to which study. wide: its many columns at once."""
 
     card: Card
     site: str
@@ -27,24 +29,28 @@ class Extract:
     table: Table
     rows: MatchedRows
     num_studies: int
+    wide: tuple[TakenColumns, ...] = ()
 
 
-def record_columns(card: Card, modality: SeriesCard | TableModalityCard, site: str) -> set[str]:
-    """Columns that a modality needs at a site."""
+def record_columns(
+    card: Card, modality: SeriesCard | TableModalityCard, site: str, wide: tuple[TakenColumns, ...] = ()
+) -> set[str]:
+    """Columns that a modality needs at a site. wide: those that it takes many at once."""
     table = card.tables[modality.table]
     named = {name for name in (table.study or table.subject, table.time, table.code, table.value, table.unit) if name is not None}
     if table.code is None:
         named |= {column for variable in modality.variables for column in variable.codes_at(site)}
+    named |= {column for taken in wide for column in taken.at.get(site, ())}
     hots = modality.multi_hot if isinstance(modality, TableModalityCard) else ()
     return named | {hot.column for hot in hots if any(codes_at(code, site) for code in hot.codes.values())}
 
 
-def is_recorded(modality: SeriesCard | TableModalityCard, site: str) -> bool:
+def is_recorded(modality: SeriesCard | TableModalityCard, site: str, wide: tuple[TakenColumns, ...] = ()) -> bool:
     """Whether a site records anything of a modality: if not, its table is not even looked for."""
     hots = modality.multi_hot if isinstance(modality, TableModalityCard) else ()
     codes = [variable.codes_at(site) for variable in modality.variables]
     codes += [codes_at(code, site) for hot in hots for code in hot.codes.values()]
-    return site not in modality.absent_at and any(codes)
+    return site not in modality.absent_at and (any(codes) or any(taken.at.get(site) for taken in wide))
 
 
 def extract(parts: Extract, counts: dict[str, VariableCounts]) -> NDArray[np.float32]:
@@ -58,14 +64,17 @@ def extract(parts: Extract, counts: dict[str, VariableCounts]) -> NDArray[np.flo
     for variable in modality.variables:
         tally = counts.setdefault(f"{modality.name}.{variable.name}", VariableCounts())
         taken, text, unit = _raw_values(parts, variable)
-        scaled = _in_canonical_units(parts, variable, text, unit)
+        coded = variable.type == "categorical"
+        scaled = _codes(parts, variable, taken, text) if coded else _in_canonical_units(parts, variable, text, unit)
         problems += scaled.problems
         values = _plausible(scaled, variable, tally)
         if variable.codes_at(parts.site) and parts.num_studies and np.isnan(values).all():
             tally.empty_at.append(parts.site)
-        columns.append(_aggregated(parts, taken, values, variable.aggregate or modality.aggregate)[:, :, None])
+        how = "last" if variable.type == "categorical" else variable.aggregate or modality.aggregate
+        columns.append(_aggregated(parts, taken, values, how)[:, :, None])
     if problems:
         raise DataError(together(problems))
+    columns += [_many_columns(parts, taken, counts)[:, None, :] for taken in parts.wide]
     if isinstance(modality, TableModalityCard):
         columns += [_multi_hot(parts, hot, counts)[:, None, :] for hot in modality.multi_hot]
     # What float32 can't hold becomes infinite, which the release counts as out of range.
@@ -99,6 +108,25 @@ def _raw_values(parts: Extract, variable: VariableCard) -> tuple[MatchedRows, pa
     rows = pa.array(taken.position)
     unit = None if table_card.unit is None else parts.table.text(table_card.unit).take(rows)
     return taken, parts.table.text(table_card.value).take(rows), unit
+
+
+def _codes(parts: Extract, variable: VariableCard, rows: MatchedRows, text: pa.Array) -> _Scaled:
+    """Words as the codes of their categories."""
+    values = tables.mapped(text, {word: float(code) for word, code in variable.words_at(parts.site)})
+    unknown = np.isnan(values) & np.asarray(text.is_valid())
+    problems = []
+    if variable.strict and unknown.any():
+        # The words themselves may be anything, a name among them, so they are not shown.
+        first = parts.table.row[rows.position[unknown].min()]
+        problems.append(
+            explain(
+                f"{parts.table.file}: variable {variable.name}",
+                expected=f"one of the categories {', '.join(variable.category_names)}",
+                found=f"another word in {int(unknown.sum())} rows (the first is row {first})",
+                remedy="Add it to `categories`, or to `missing` of the table; without `strict` it is not observed.",
+            )
+        )
+    return _Scaled(values, np.zeros(len(values), bool), unknown, problems)
 
 
 def _in_canonical_units(parts: Extract, variable: VariableCard, text: pa.Array, unit: pa.Array | None) -> _Scaled:
@@ -207,6 +235,27 @@ def reduce_sorted(cell: NDArray[np.int64], values: NDArray[np.float64], *, num_c
         case _:
             reduced = np.maximum.reduceat(values, starts)
     result[cell[starts]] = reduced
+    return result
+
+
+def _many_columns(parts: Extract, taken: TakenColumns, counts: dict[str, VariableCounts]) -> NDArray[np.float64]:
+    """(n, F): columns that a pattern or a list names, NaN throughout where this site has none of that name."""
+    here = np.flatnonzero([name in taken.at.get(parts.site, ()) for name in taken.names])
+    names = tuple(taken.names[i] for i in here)
+    rule = taken.card.rule
+    rule = rule.model_copy(update={"aggregate": rule.aggregate or parts.modality.aggregate})
+    stated = rule.unit_at(parts.site)
+    conversion = _conversion(parts.card, rule, rule.canonical_unit if stated is None else stated)
+    found = column_values(parts.table, parts.rows, names, rule, conversion, parts.num_studies)
+    for name, observed, outside in zip(names, found.observed.tolist(), found.out_of_range.tolist(), strict=True):
+        tally = counts.setdefault(f"{parts.modality.name}.{name}", VariableCounts())
+        tally.observed += observed
+        tally.converted += observed if found.converted else 0
+        tally.out_of_range += outside
+        if parts.num_studies and not observed:
+            tally.empty_at.append(parts.site)
+    result = np.full((parts.num_studies, len(taken.names)), np.nan)
+    result[:, here] = found.values
     return result
 
 

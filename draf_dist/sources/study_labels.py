@@ -5,9 +5,10 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from draf_dist.schema.study import StudyLabel, TimeToEvent
+from draf_dist.schema.study import MaskLabel, StudyLabel, TimeToEvent
 from draf_dist.sources import tables
 from draf_dist.sources.card_labels import AnyLabelCard, LabelCard, MultiLabelCard, SurvivalCard
+from draf_dist.sources.card_segmentation import SegmentationCard
 from draf_dist.sources.tables import Table
 
 # None where a reason stands.
@@ -25,6 +26,9 @@ def read_labels(card: AnyLabelCard, table: Table, position: NDArray[np.int64]) -
             return _answers(card, table, position)
         case SurvivalCard():
             return _times(card, table, position)
+        case SegmentationCard():
+            # Until its mask is read, which is a file, no study is known to have one.
+            return (MaskLabel(drawn=False),) * len(position), np.full(len(position), "")
 
 
 def _classes(card: LabelCard, table: Table, position: NDArray[np.int64]) -> tuple[Labels, Reasons]:

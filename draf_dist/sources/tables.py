@@ -2,15 +2,14 @@
 
 import csv
 import difflib
-import gzip
 import math
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +20,15 @@ from numpy.typing import NDArray
 from draf_dist.errors import DataError, explain, together
 from draf_dist.sources.card_checks import stays_inside
 from draf_dist.sources.card_model import TableCard
+from draf_dist.sources.card_parts import token as token
+from draf_dist.sources.packed import opened
 
 MICROSECONDS = {"minute": 60_000_000, "hour": 3_600_000_000, "day": 86_400_000_000}
 MICROSECONDS_PER_HOUR = MICROSECONDS["hour"]
 # Times that are not known; far from anything that a hospital records.
 NO_TIME = np.iinfo(np.int64).min
+LISTED_COLUMNS = 20
+MIN_BLOCK_BYTES, BLOCK_BYTES_A_COLUMN = 2**20, 2**10
 _LAST_NUMBER_OF_HOURS = 24 * 366 * 1000
 FIRST_DATE_US, LAST_DATE_US = (int(np.datetime64(date, "us").astype(np.int64)) for date in (datetime.min, datetime.max))
 
@@ -94,7 +97,7 @@ def read_table(found: TableFile, card: TableCard, *, missing: tuple[str, ...]) -
         DataError: rows of unequal length, text in another encoding.
     """
     loaded, row = _load(found, card)
-    texts = {name: pc.utf8_trim_whitespace(loaded[column].combine_chunks()) for name, column in found.columns.items()}
+    texts = {name: loaded[column] for name, column in found.columns.items()}
     table = Table(found.file, texts, row, (*missing, *card.missing), card.decimal)
     _refuse_long_cells(table, card)
     return _filtered(table, card)
@@ -106,16 +109,6 @@ def inside(raw: Path, relative: str) -> Path | None:
         return None
     path = (raw / relative).resolve()
     return path if path.is_relative_to(raw.resolve()) else None
-
-
-def token(text: str) -> str:
-    """A text as labels and categories compare it: numbers by value (1, 1.0 and 01 are one), the rest as it stands."""
-    text = text.strip()
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    return repr(number) if math.isfinite(number) else text
 
 
 def lookup(texts: pa.Array, function: Callable[[str], float]) -> NDArray[np.float64]:
@@ -207,22 +200,13 @@ def _header(path: Path, file: str, card: TableCard) -> list[str]:
         return list(card.header)
     encoding = "utf-8-sig" if card.encoding == "utf-8" else card.encoding
     try:
-        with _opened(path, encoding) as lines:
+        with opened(path, file) as content, TextIOWrapper(content, encoding=encoding, newline="") as lines:
             rows = csv.reader(lines, delimiter=card.delimiter)
             return [name.strip() for name in next((row for row in rows if row), [])]
     except UnicodeDecodeError as error:
         raise _wrong_encoding(file, card) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise _broken_archive(file) from error
     except csv.Error as error:
         raise DataError(explain(file, expected="a line of column names", found=str(error), remedy=_QUOTES)) from error
-
-
-def _opened(path: Path, encoding: str) -> TextIO:
-    """The text of a file, unpacked where its name ends in .gz (as the library that reads the rows does)."""
-    if path.suffix == ".gz":
-        return TextIOWrapper(gzip.open(path), encoding=encoding, newline="")
-    return path.open(encoding=encoding, newline="")
 
 
 _QUOTES = "Check the delimiter and the quotes (one that is opened and never closed swallows the lines behind it)."
@@ -230,10 +214,6 @@ _QUOTES = "Check the delimiter and the quotes (one that is opened and never clos
 
 def _wrong_encoding(file: str, card: TableCard) -> DataError:
     return DataError(explain(file, expected=f"{card.encoding} text", found="other bytes", remedy="Set `encoding` of the table."))
-
-
-def _broken_archive(file: str) -> DataError:
-    return DataError(explain(file, expected="a gzip file", found="a broken one", remedy="Copy or export it again."))
 
 
 def _check_columns(file: str, needed: list[str], header: list[str], card: TableCard) -> None:
@@ -244,26 +224,27 @@ def _check_columns(file: str, needed: list[str], header: list[str], card: TableC
         # It may be a line of data, and then its cells are a patient's: they are not shown.
         other = [mark for mark in ",;\t|" if mark != card.delimiter and len(header) == 1 and mark in header[0]]
         remedy = f"Set `delimiter: {other[0]!r}`." if other else "If it has no line of names, give `header`; else use `rename`."
-        known = ", ".join(map(repr, needed))
+        known = ", ".join(map(repr, needed[:LISTED_COLUMNS])) + (", ..." if len(needed) > LISTED_COLUMNS else "")
         found = f"none of them among its {len(header)} columns"
         raise DataError(explain(f"{file} first line", expected=f"the columns {known}", found=found, remedy=remedy))
     found = ", ".join(header)
     found = found if len(found) <= 400 else f"{found[:400]}..."
     problems = []
+    times_there = Counter(header)
     for name in needed:
-        near = difflib.get_close_matches(name, header, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else "Correct the card, or use `rename` for this site."
-        if header.count(name) > 1:
+        if times_there[name] > 1:
             problems.append(explain(file, expected=f"one column {name!r}", found="several", remedy="Name columns differently."))
-        elif name not in header:
+        elif name not in times_there:
+            near = difflib.get_close_matches(name, header, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "Correct the card, or use `rename` for this site."
             problems.append(explain(file, expected=f"a column {name!r}", found=f"the columns {found}", remedy=hint))
     if problems:
         raise DataError(together(problems))
 
 
-def _load(found: TableFile, card: TableCard) -> tuple[pa.Table, NDArray[np.int64]]:
+def _load(found: TableFile, card: TableCard) -> tuple[dict[str, pa.Array], NDArray[np.int64]]:
     """The needed columns, and the number of each row as a spreadsheet shows it. Rows that say nothing in them are left out."""
-    header, needed = found.header, sorted(set(found.columns.values()))
+    header, needed, times_there = found.header, sorted(set(found.columns.values())), Counter(found.header)
     unequal: list[tuple[int, int]] = []
     blank: list[int] = []
 
@@ -275,8 +256,10 @@ def _load(found: TableFile, card: TableCard) -> tuple[pa.Table, NDArray[np.int64
         return "skip"
 
     # Columns get unique names by position, for exports repeat names in columns that nobody needs.
-    names = [name if header.count(name) == 1 else f"{position}:{name}" for position, name in enumerate(header)]
-    read = pa_csv.ReadOptions(column_names=names, skip_rows=0, encoding=card.encoding, use_threads=False)
+    names = [name if times_there[name] == 1 else f"{position}:{name}" for position, name in enumerate(header)]
+    # A block of a wide table is as large as a hundred rows or so: every column of every block has its price.
+    block_size = max(MIN_BLOCK_BYTES, BLOCK_BYTES_A_COLUMN * len(header))
+    read = pa_csv.ReadOptions(column_names=names, skip_rows=0, encoding=card.encoding, use_threads=False, block_size=block_size)
     # Empty lines are kept here, or the rows behind them would get wrong numbers.
     parse = pa_csv.ParseOptions(
         delimiter=card.delimiter, newlines_in_values=True, invalid_row_handler=note, ignore_empty_lines=False
@@ -288,11 +271,8 @@ def _load(found: TableFile, card: TableCard) -> tuple[pa.Table, NDArray[np.int64
         quoted_strings_can_be_null=False,
     )
     try:
-        table = pa_csv.read_csv(found.path, read_options=read, parse_options=parse, convert_options=convert)
-    except OSError as error:
-        if found.path.suffix != ".gz":
-            raise
-        raise _broken_archive(found.file) from error
+        with opened(found.path, found.file) as content:
+            table = pa_csv.read_csv(content, read_options=read, parse_options=parse, convert_options=convert)
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise _unparsable(found.file, card, str(error)) from error
     if unequal:
@@ -302,10 +282,12 @@ def _load(found: TableFile, card: TableCard) -> tuple[pa.Table, NDArray[np.int64
         raise DataError(explain(found.file, expected=f"{len(header)} columns in every row", found=rows, remedy=remedy))
     row = np.delete(np.arange(1, table.num_rows + len(blank) + 1, dtype=np.int64), np.array(blank, np.int64) - 1)
     says = np.zeros(table.num_rows, bool)
-    for name in needed:
-        says |= np.asarray(pc.not_equal(pc.utf8_trim_whitespace(table[name]), ""))
+    trimmed = {name: pc.utf8_trim_whitespace(table[name].combine_chunks()) for name in needed}
+    for texts in trimmed.values():
+        says |= np.asarray(pc.not_equal(texts, ""))
     kept = np.flatnonzero(says)[0 if card.header is not None else 1 :]
-    return table.take(pa.array(kept)), row[kept]
+    index = pa.array(kept)
+    return {name: texts.take(index) for name, texts in trimmed.items()}, row[kept]
 
 
 def _unparsable(file: str, card: TableCard, told: str) -> DataError:

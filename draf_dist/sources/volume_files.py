@@ -9,7 +9,8 @@ import hashlib
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
@@ -40,19 +41,44 @@ def load_volume(raw: Path, file: str, card: VolumeCard) -> tuple[RawVolume, str]
     Raises:
         ImageError: it is not there, lies outside the raw folder, is too large, damaged, or not a volume that can be placed.
     """
-    path = tables.inside(raw, file)
-    if path is None:
-        raise ImageError("bad path", "the path leads out of the raw folder, or has a backslash or colon in it")
-    try:
+    path = _inside(raw, file)
+    with _told_without_names():
         if path.is_dir():
             return _load_dicom(path, card)
         if path.is_file():
-            return _load_nifti(path, card)
+            return _load_nifti(path, card.channels)
+    raise ImageError("missing image", "there is no such file or folder")
+
+
+def load_nifti(raw: Path, file: str) -> RawVolume | None:
+    """The volume of one channel in a NIfTI file at a path relative to the raw folder; None where nothing is there.
+
+    Raises:
+        ImageError: it lies outside the raw folder, is too large, damaged, or not a volume that can be placed.
+    """
+    path = _inside(raw, file)
+    with _told_without_names():
+        if not path.exists():
+            return None
+        return _load_nifti(path, channels=1)[0]
+
+
+def _inside(raw: Path, file: str) -> Path:
+    path = tables.inside(raw, file)
+    if path is None:
+        raise ImageError("bad path", "the path leads out of the raw folder, or has a backslash or colon in it")
+    return path
+
+
+@contextmanager
+def _told_without_names() -> Iterator[None]:
+    """What the disk says, as an ImageError."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:
         # Their own text names the file. A loop of links is a RuntimeError.
         detail = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "it can't be read"
         raise ImageError("unreadable image", f"the disk says: {detail}") from error
-    raise ImageError("missing image", "there is no such file or folder")
 
 
 def _load_dicom(path: Path, card: VolumeCard) -> tuple[RawVolume, str]:
@@ -60,7 +86,7 @@ def _load_dicom(path: Path, card: VolumeCard) -> tuple[RawVolume, str]:
     return canonical(series.voxels, series.affine), series.sha256
 
 
-def _load_nifti(path: Path, card: VolumeCard) -> tuple[RawVolume, str]:
+def _load_nifti(path: Path, channels: int) -> tuple[RawVolume, str]:
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ImageError("image too large", f"the file has more than {MAX_FILE_BYTES} bytes")
     if not path.name.lower().endswith((".nii", ".nii.gz")):
@@ -70,7 +96,7 @@ def _load_nifti(path: Path, card: VolumeCard) -> tuple[RawVolume, str]:
         with path.open("rb") as packed:
             is_gzip = path.name.lower().endswith(".gz")
             file = cast(IO[bytes], gzip.GzipFile(fileobj=packed)) if is_gzip else packed
-            volume = read_nifti(file, channels=card.channels)
+            volume = read_nifti(file, channels=channels)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ImageError("broken image", "its compression is damaged, or it is cut short") from error
     with path.open("rb") as plain:
@@ -151,27 +177,31 @@ def _nifti_affine(header: nib.Nifti1Header) -> NDArray[np.float64]:
         raise ImageError("broken image", "its orientation or unit makes no sense") from error
     if unit not in _MILLIMETRES:
         raise ImageError("broken image", "its spacing is in no unit of length")
-    return np.asarray(affine[:3, :3] * _MILLIMETRES[unit])
+    return np.asarray(affine[:3] * _MILLIMETRES[unit])
 
 
 def canonical(voxels: NDArray[np.int16] | NDArray[np.float32], affine: NDArray[np.float64]) -> RawVolume:
     """A volume (X, Y, Z, C) turned to (C, D, H, W): D grows towards the head, H towards the front, W towards the patient's right.
 
-    affine: (3, 3), voxel indices to RAS millimetres. Axes are permuted and flipped, never interpolated: a volume that was taken
-    obliquely keeps its own axes, each named after the nearest of the patient's.
+    affine: (3, 4), voxel indices (x, y, z, 1) to RAS millimetres. Axes are permuted and flipped, never interpolated: a volume that
+    was taken obliquely keeps its own axes, each named after the nearest of the patient's.
 
     Raises:
         ImageError: a spacing that makes no sense, or axes that are not perpendicular.
     """
-    spacing = np.sqrt((affine**2).sum(axis=0))
-    if not np.isfinite(affine).all() or (spacing < 1e-4).any() or (spacing > 1e3).any():
+    axes = affine[:, :3]
+    spacing = np.sqrt((axes**2).sum(axis=0))
+    if not np.isfinite(axes).all() or (spacing < 1e-4).any() or (spacing > 1e3).any():
         raise ImageError("bad spacing", "the spacing of its voxels is zero, not a number, or beyond a metre")
-    directions = affine / spacing
+    directions = axes / spacing
     cosine = float(np.abs(directions.T @ directions - np.eye(3)).max())
     if cosine > MAX_COSINE:
         angle = math.degrees(math.acos(min(cosine, 1.0)))
         raise ImageError("sheared axes", f"two of its axes meet at {angle:.1f} degrees; resample it before export")
-    turns = nib.io_orientation(np.block([[affine, np.zeros((3, 1))], [np.zeros((1, 3)), np.ones((1, 1))]]))
+    whole = np.concatenate([affine, [[0.0, 0.0, 0.0, 1.0]]])
+    turns = nib.io_orientation(whole)
     turned = nib.apply_orientation(voxels, turns)
     x, y, z = (float(spacing[int(np.flatnonzero(turns[:, 0] == axis)[0])]) for axis in range(3))
-    return RawVolume(np.ascontiguousarray(turned.transpose(3, 2, 1, 0)), (z, y, x))
+    # Of (x, y, z) after the turn, then of (d, h, w).
+    placed = (whole @ nib.orientations.inv_ornt_aff(turns, voxels.shape[:3]))[:3][:, [2, 1, 0, 3]]
+    return RawVolume(np.ascontiguousarray(turned.transpose(3, 2, 1, 0)), (z, y, x), placed)

@@ -4,13 +4,15 @@ import pytest
 import torch
 from model_inputs import variables
 from torch import Tensor
+from torch.nn import functional
 
 from draf_dist import noise
 from draf_dist.errors import SpecError
+from draf_dist.models.encoders.genomics import GenomicsConfig
 from draf_dist.models.encoders.tabular import CodeEmbedding, TabularConfig
 from draf_dist.models.mc import name_streams
 from draf_dist.schema.batch import SeriesInput
-from draf_dist.schema.modality import TableSpec
+from draf_dist.schema.modality import TableSpec, VariableSpec
 
 NAMES = ["age", "ward", "sodium", "sex"]
 CODES = {"sex": 2, "ward": 3}
@@ -77,6 +79,65 @@ def test_a_table_without_codes_is_stored_as_it_always_was() -> None:
 def test_columns_that_hold_no_codes_are_refused(codes: dict[str, int], problem: str) -> None:
     with pytest.raises(SpecError, match=problem):
         TabularConfig(codes=codes).build(TableSpec(name="history", variables=coded(NAMES, CODES)), 8)
+
+
+CATEGORICAL = TableSpec(
+    name="history",
+    variables=(
+        VariableSpec(name="age"),
+        VariableSpec.categorical("ward", ("medicine", "surgery", "heart")),
+        VariableSpec(name="sodium"),
+        VariableSpec(name="sex", type="binary"),
+    ),
+)
+
+
+def test_categorical_columns_of_the_release_are_embedded_without_being_named() -> None:
+    named = TableSpec(name="history", variables=coded(NAMES, CODES))
+    torch.manual_seed(0)
+    by_job = TabularConfig(codes={"ward": 3}).build(named, 8)
+    torch.manual_seed(0)
+    by_release = TabularConfig().build(CATEGORICAL, 8)
+    name_streams(by_job)
+    name_streams(by_release)
+    values = torch.tensor([[70.0, 2.0, -1.5, 0.0], [70.0, 0.0, -1.5, 1.0]]).unsqueeze(1)
+    assert torch.equal(by_job(of(values), keys(2, 2)), by_release(of(values), keys(2, 2)))
+    # Naming it beside the release, or another column, is allowed; another number of codes is not.
+    both = TabularConfig(codes=CODES).build(CATEGORICAL, 8)
+    assert both.codes is not None
+    assert both.codes.table.weight.shape == (7, 8)
+    with pytest.raises(SpecError, match="expected 5 codes, found ward, of 3 categories"):
+        TabularConfig(codes={"ward": 5}).build(CATEGORICAL, 8)
+
+
+def test_a_network_of_numbers_refuses_codes() -> None:
+    with pytest.raises(
+        SpecError, match=r"genomics for history: expected numbers alone, found categorical ward\. Read the table with"
+    ):
+        GenomicsConfig().build(CATEGORICAL, 8)
+
+
+def test_what_no_order_of_codes_separates_is_learned() -> None:
+    """The planted truth: ill are wards 0 and 2 and not 1 and 3; no threshold on the code tells them apart."""
+    spec = TableSpec(name="history", variables=(VariableSpec.categorical("ward", tuple("abcd")), VariableSpec(name="age")))
+    generator = torch.Generator().manual_seed(0)
+    ward = torch.randint(0, 4, (400,), generator=generator)
+    values = torch.stack([ward.float(), torch.randn(400, generator=generator)], dim=1).unsqueeze(1)
+    target = (ward % 2 == 0).float()
+    torch.manual_seed(0)
+    encoder = TabularConfig(hidden=16).build(spec, 8)
+    name_streams(encoder)
+    head = torch.nn.Linear(8, 1)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=0.02)
+    for _ in range(60):
+        loss = functional.binary_cross_entropy_with_logits(head(encoder(of(values), keys(1, 400)))[0, :, 0], target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = head(encoder(of(values), keys(1, 400)))[0, :, 0] > 0
+    assert float((found == target.bool()).float().mean()) > 0.98
+    assert float(torch.corrcoef(torch.stack([ward.float(), target]))[0, 1].abs()) < 0.6
 
 
 def coded(names: list[str], codes: dict[str, int]) -> tuple[object, ...]:

@@ -12,21 +12,31 @@ from torch import Tensor
 
 from draf_dist import noise
 from draf_dist.errors import DataError, explain
-from draf_dist.schema.batch import Batch, SeriesInput
+from draf_dist.schema.batch import Batch, ClassTarget, MultiLabelTarget, SeriesInput, SurvivalTarget
 
 _BISECTIONS = 60
 # |a + b s| beyond this is certainty in float64.
 _LOGIT_BOUND = 1e3
 
 
-def drop_at_random(batch: Batch, probability: float, *, seed: int, epoch: Tensor | None, modality: str | None = None) -> Batch:
+def drop_at_random(
+    batch: Batch,
+    probability: float,
+    *,
+    seed: int,
+    epoch: Tensor | None,
+    modality: str | None = None,
+    inputs: frozenset[str] | None = None,
+) -> Batch:
     """Every modality present goes missing with this probability; with `modality`, only that one can.
 
-    epoch is the key's: the batch's in training, None in evaluation.
+    epoch is the key's: the batch's in training, None in evaluation. inputs: what can go missing at all, and of which a sample keeps
+    one; None: every modality.
     """
     columns = [modality is None or name == modality for name in batch.modalities]
     chance = torch.tensor([probability if column else 0.0 for column in columns], device=batch.present.device)
-    return _drop(batch, chance.expand_as(batch.present), seed=seed, epoch=epoch)
+    counted = torch.tensor([inputs is None or name in inputs for name in batch.modalities], device=batch.present.device)
+    return _drop(batch, chance.expand_as(batch.present), seed=seed, epoch=epoch, present=batch.present & counted)
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class NotAtRandom:
 
     def apply(self, batch: Batch, *, seed: int) -> Batch:
         """The batch with modalities missing, keyed by uid."""
-        return _drop(batch, self.probability(batch), seed=seed, epoch=None)
+        return _drop(batch, self.probability(batch), seed=seed, epoch=None, present=batch.present)
 
     def probability(self, batch: Batch) -> Tensor:
         """P(missing) before one is kept, f64 (B, M)."""
@@ -98,13 +108,14 @@ def find_offset(score: Tensor, *, rate: float, slope: float) -> float:
     return (low + high) / 2
 
 
-def _drop(batch: Batch, probability: Tensor, *, seed: int, epoch: Tensor | None) -> Batch:
+def _drop(batch: Batch, probability: Tensor, *, seed: int, epoch: Tensor | None, present: Tensor) -> Batch:
+    """present: bool (B, M), what is there and can go missing."""
     draws = torch.stack([_draw(batch, name, "lost", seed, epoch) for name in batch.modalities], dim=1)
     order = torch.stack([_draw(batch, name, "kept", seed, epoch) for name in batch.modalities], dim=1)
-    lost = batch.present & (draws < probability) & (batch.weight > 0)[:, None]
-    bare = ~(batch.present & ~lost).any(dim=1)
+    lost = present & (draws < probability) & (batch.weight > 0)[:, None]
+    bare = ~(present & ~lost).any(dim=1)
     # The one to keep is drawn apart: the largest of the first draws would favour modalities that go missing more often.
-    kept = torch.where(batch.present, order, -1.0).argmax(dim=1)
+    kept = torch.where(present, order, -1.0).argmax(dim=1)
     saved = torch.zeros_like(lost).scatter(1, kept[:, None], True) & bare[:, None]
     return with_present(batch, batch.present & ~(lost & ~saved))
 
@@ -124,7 +135,7 @@ def _masked(value: Tensor | SeriesInput, present: Tensor) -> Tensor | SeriesInpu
     if isinstance(value, SeriesInput):
         here = present[:, None, None]
         return SeriesInput(torch.where(here, value.values, 0.0), value.observed & here, torch.where(present, value.length, 0))
-    return torch.where(present[:, None, None, None], value, 0.0)
+    return torch.where(present.view(-1, *[1] * (value.dim() - 1)), value, 0.0)
 
 
 def _draw(batch: Batch, name: str, purpose: str, seed: int, epoch: Tensor | None) -> Tensor:
@@ -143,16 +154,33 @@ def _record_vector(batch: Batch) -> Tensor:
     return torch.cat(parts, dim=1) if parts else torch.zeros(batch.num_rows, 1, dtype=torch.float64)
 
 
+def label_score(batch: Batch) -> Tensor:
+    """How sick a study counts as by its label, f64 (B,): class index; number of labels known to hold; whether the event was seen.
+
+    Raises:
+        TypeError: the target is a mask.
+    """
+    match batch.target:
+        case ClassTarget(label, _):
+            return label.double()
+        case MultiLabelTarget(label, observed):
+            return (label & observed).sum(1).double()
+        case SurvivalTarget(_, event, _, _):
+            return event.double()
+        case _:
+            raise TypeError(f"{type(batch.target).__name__} says nothing of how sick a study is")
+
+
 def _raw_score(batch: Batch, direction: Tensor | None) -> Tensor:
     if direction is None:
-        return batch.classes.label.double()
+        return label_score(batch)
     return _record_vector(batch) @ direction.to(batch.uid.device)
 
 
 def _principal_direction(batches: list[Batch]) -> Tensor:
     """First principal axis of the records, (F,) of unit length; its sign is that which goes with the label."""
     records = torch.cat([_record_vector(batch) for batch in batches])
-    label = torch.cat([batch.classes.label for batch in batches]).double()
+    label = torch.cat([label_score(batch) for batch in batches])
     centred = records - records.mean(dim=0)
     direction: Tensor = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
     return direction if float((centred @ direction) @ (label - label.mean())) >= 0 else -direction

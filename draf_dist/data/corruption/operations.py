@@ -4,7 +4,8 @@ Every operation has a grid whose entry 0 leaves the input as it is; severity is 
 doesn't depend on the grid index, so a sweep sees one draw grow, not a new one at every step. All act on normalised inputs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import numpy as np
@@ -24,11 +25,15 @@ from draf_dist.schema.modality import ImageSpec, ModalitySpec, SeriesSpec, Table
 
 @dataclass(frozen=True)
 class Scale:
-    """A modality and the constants that standardised it: f32 scalars for an image, (F,) for a series or table."""
+    """A modality and the constants that standardised it: f32 scalars for an image, (F,) for a series or table.
+
+    categories: place of a categorical variable -> how often each of its categories is observed in training.
+    """
 
     spec: ModalitySpec
     mean: Tensor
     std: Tensor
+    categories: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def _rises_from(identity: float) -> AfterValidator:
@@ -146,14 +151,19 @@ class EhrMask(Spec):
 
 
 class EhrNoise(Spec):
-    """x + sigma * eps on the observed standardised values; binary variables have no scale and are left alone."""
+    """x + sigma * eps on the observed standardised values; binary variables have no scale and are left alone.
+
+    Codes have no scale either, but another code is as plausible: with probability 1 - 1 / sqrt(1 + sigma^2) an observed code is
+    drawn again by how often each occurs in training. What is left of the correlation with the clean value is then the same as of a
+    number, 1 / sqrt(1 + sigma^2) (ours).
+    """
 
     kind: Literal["ehr_noise"] = "ehr_noise"
     grid: Sigmas = (0.0, 0.4, 0.8, 1.6, 3.2, 10.0)
 
     def fits(self, spec: ModalitySpec) -> bool:
-        """Series and tables with at least one numeric variable."""
-        return isinstance(spec, SeriesSpec | TableSpec) and any(variable.type == "numeric" for variable in spec.variables)
+        """Series and tables with at least one variable that is not binary."""
+        return isinstance(spec, SeriesSpec | TableSpec) and any(variable.type != "binary" for variable in spec.variables)
 
     def apply(self, value: ModalityInput, index: Tensor, keys: Tensor, scale: Scale) -> ModalityInput:
         """Rows of one modality with the noise of their keys."""
@@ -162,7 +172,10 @@ class EhrNoise(Spec):
         numeric = torch.tensor([variable.type == "numeric" for variable in scale.spec.variables], device=series.values.device)
         sigma = _levels(self.grid, index)[:, None, None]
         noisy = series.values + sigma * noise.normal(keys, tuple(series.values.shape[1:]))
-        return SeriesInput(torch.where(series.observed & numeric, noisy, series.values), series.observed, series.length)
+        values = torch.where(series.observed & numeric, noisy, series.values)
+        if scale.categories:
+            values = _drawn_again(values, series.observed, 1 - (1 + sigma[..., 0].square()).rsqrt(), keys, scale.categories)
+        return SeriesInput(values, series.observed, series.length)
 
 
 class Swap(Spec):
@@ -219,6 +232,20 @@ def severity(operation: AnyOperation, index: int) -> float:
             explain(where, expected=f"a grid index from 0 to {last}", found=str(index), remedy="Choose one of its grid.")
         )
     return index / last
+
+
+def _drawn_again(
+    values: Tensor, observed: Tensor, probability: Tensor, keys: Tensor, categories: Mapping[int, tuple[int, ...]]
+) -> Tensor:
+    """Values (B, T, F) whose observed codes are, with a probability (B, 1), drawn from the shares of the categories."""
+    values = values.clone()
+    draws = noise.uniform(keys, (values.shape[1], len(categories), 2))
+    for number, (at, counts) in enumerate(categories.items()):
+        reached = torch.tensor(counts, dtype=torch.float64, device=values.device).cumsum(0)
+        code = torch.searchsorted((reached / reached[-1]).float(), draws[:, :, number, 1].contiguous(), right=True)
+        hit = (draws[:, :, number, 0] < probability) & observed[..., at]
+        values[..., at] = torch.where(hit, code.to(values.dtype), values[..., at])
+    return values
 
 
 def _levels(grid: tuple[float, ...], index: Tensor) -> Tensor:

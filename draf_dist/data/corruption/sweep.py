@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from draf_dist.data.corruption.missing import NotAtRandom, constant_severity, fit_not_at_random, records_only
+from draf_dist.data.corruption.missing import NotAtRandom, constant_severity, fit_not_at_random, label_score, records_only
 from draf_dist.data.corruption.operations import AnyOperation, MissingNotAtRandom, Swap, severity
 from draf_dist.data.corruption.training import Corruptor
 from draf_dist.data.loader import WHOLE, Portion, SplitLoader
@@ -16,6 +16,7 @@ from draf_dist.data.shard_reader import IntArray, ShardReader
 from draf_dist.errors import SpecError, explain
 from draf_dist.noise import chain, hash64_np
 from draf_dist.schema.batch import Batch
+from draf_dist.schema.categories import category_counts
 from draf_dist.schema.release import Split
 
 
@@ -44,7 +45,7 @@ class CorruptedSplit:
         than its neighbours, so all of a sample's come from different subjects).
 
         Raises:
-            SpecError: the grid has no such index, or the release no such modality.
+            SpecError: the grid has no such index, or the release no such modality; how sick somebody is can't be read from codes.
         """
         self._check(operation, index, modality)
         if isinstance(operation, Swap):
@@ -68,6 +69,19 @@ class CorruptedSplit:
             return batch if index == 0 else self._law(operation, index).apply(batch, seed=self._seed)
         return self._corruptor.apply(batch, operation, index, modality=modality, seed=self._seed)
 
+    def _check_score(self, operation: AnyOperation) -> None:
+        if not isinstance(operation, MissingNotAtRandom) or operation.score != "ehr":
+            return
+        if codes := [name for spec in self._loader.release.schema.modalities for name in category_counts(spec)]:
+            raise SpecError(
+                explain(
+                    f"corruption {operation.kind}: score ehr",
+                    expected="series and tables of numbers",
+                    found=f"categorical {', '.join(codes)}",
+                    remedy="A principal axis of codes means nothing: use `score: label`.",
+                )
+            )
+
     def _swapped(self, modality: str | None) -> Mapping[str, IntArray]:
         release, split = self._loader.release, self._loader.split
         names = release.schema.names if modality is None else (modality,)
@@ -86,7 +100,7 @@ class CorruptedSplit:
         """The laws of all grid entries but the first, by one pass over the split; none where all have one label."""
         if operation not in self._laws:
             records = [records_only(batch) for batch in self.clean()]
-            labels = {label for batch in records for label in batch.classes.label.tolist()}
+            labels = {label for batch in records for label in label_score(batch).tolist()}
             rates = operation.grid[1:] if operation.score != "label" or len(labels) > 1 else ()
             slope, score = operation.slope, operation.score
             self._laws[operation] = tuple(fit_not_at_random(records, rate=rate, slope=slope, score=score) for rate in rates)
@@ -94,6 +108,7 @@ class CorruptedSplit:
 
     def _check(self, operation: AnyOperation, index: int, modality: str | None) -> None:
         severity(operation, index)
+        self._check_score(operation)
         where, names = f"corruption {operation.kind}", self._loader.release.schema.names
         if modality is not None and modality not in names:
             known = ", ".join(names)

@@ -33,7 +33,7 @@ from draf_dist.data.corruption.operations import (
 )
 from draf_dist.data.normalise import Normaliser
 from draf_dist.schema.batch import Batch, ModalityInput, SeriesInput
-from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec
+from draf_dist.schema.modality import ImageSpec, ModalitySpec
 
 
 class TrainingCorruption(Spec):
@@ -86,9 +86,9 @@ class TrainingCorruption(Spec):
 class JpegHook:
     """JPEG corruption of training, in the decode thread: what `TrainingCorruption.choose` says, on the stored uint8 image."""
 
-    def __init__(self, config: TrainingCorruption, schema: DataSchema, operation: Jpeg, *, seed: int) -> None:
+    def __init__(self, config: TrainingCorruption, images: tuple[ImageSpec, ...], operation: Jpeg, *, seed: int) -> None:
         self._config, self._operation, self._seed = config, operation, seed
-        self._specs = [spec for spec in schema.modalities if operation.fits(spec)]
+        self._specs = images
 
     def levels(self, uid: Tensor, epoch: Tensor) -> dict[str, NDArray[np.int64]]:
         """Modality -> grid index of every sample, 0 where the image stays as it is."""
@@ -109,23 +109,33 @@ class JpegHook:
 
 
 class Corruptor:
-    """Corrupts normalised batches: by the training law, or one operation at one severity for a sweep."""
+    """Corrupts normalised batches: by the training law, or one operation at one severity for a sweep.
 
-    def __init__(self, config: TrainingCorruption, normaliser: Normaliser, *, seed: int) -> None:
+    inputs: modalities that the training law acts on; None: all. The others are not read, or hold what is to be learned.
+    """
+
+    def __init__(
+        self, config: TrainingCorruption, normaliser: Normaliser, *, seed: int, inputs: frozenset[str] | None = None
+    ) -> None:
         self.config = config
         self.normaliser = normaliser
         self._seed = seed
+        self._inputs = frozenset(normaliser.schema.names) if inputs is None else inputs
 
     def decode_hook(self) -> JpegHook | None:
         """For the loader of a training run: its share of the law, or None if JPEG is not trained on."""
         jpeg = next((operation for operation in self.config.operations if isinstance(operation, Jpeg)), None)
-        has_images = any(isinstance(spec, ImageSpec) for spec in self.normaliser.schema.modalities)
-        return JpegHook(self.config, self.normaliser.schema, jpeg, seed=self._seed) if jpeg is not None and has_images else None
+        specs = self.normaliser.schema.modalities
+        images = tuple(spec for spec in specs if isinstance(spec, ImageSpec) and spec.name in self._inputs)
+        return JpegHook(self.config, images, jpeg, seed=self._seed) if jpeg is not None and images else None
 
     def train(self, batch: Batch) -> Batch:
         """The batch under the training law; flags say what was applied, JPEG by the loader's hook included."""
-        batch = drop_at_random(batch, self.config.modality_dropout, seed=self._seed, epoch=batch.epoch)
+        dropped = self.config.modality_dropout
+        batch = drop_at_random(batch, dropped, seed=self._seed, epoch=batch.epoch, inputs=self._inputs)
         for column, spec in enumerate(self.normaliser.schema.modalities):
+            if spec.name not in self._inputs:
+                continue
             which, index = self.config.choose(spec, seed=self._seed, epoch=batch.epoch, uid=batch.uid)
             for number, operation in enumerate(self.config.operations_for(spec)):
                 if not isinstance(operation, Jpeg):
@@ -162,7 +172,7 @@ class Corruptor:
             return batch
         spec = self.normaliser.schema.modalities[column]
         value = batch.inputs[spec.name]
-        scale = Scale(spec, *self.normaliser.constants(spec.name, batch.severity))
+        scale = Scale(spec, *self.normaliser.constants(spec.name, batch.severity), self.normaliser.categories(spec.name))
         keys = _keys(seed, spec.name, operation.kind, None if epoch is None else epoch[rows], batch.uid[rows])
         changed = operation.apply(_take(value, rows), index[rows], keys, scale)
         flags, severities = batch.corrupted.clone(), batch.severity.clone()

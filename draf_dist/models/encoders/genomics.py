@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from draf_dist.config.spec import Spec
-from draf_dist.models.encoders.kinds import wrong_kind
+from draf_dist.models.encoders.kinds import no_codes, wrong_kind
 from draf_dist.models.layers import Projection
 from draf_dist.models.mc import MCAlphaDropout
 from draf_dist.schema.batch import SeriesInput
+from draf_dist.schema.categories import category_counts
 from draf_dist.schema.modality import ModalitySpec, TableSpec
 
 
@@ -29,10 +30,12 @@ class GenomicsConfig(Spec):
         """The encoder of one table, with features of the given width.
 
         Raises:
-            SpecError: the modality is of another kind.
+            SpecError: the modality is of another kind, or holds codes.
         """
         if not isinstance(spec, TableSpec):
             raise wrong_kind(self.kind, reads="table", spec=spec)
+        if codes := category_counts(spec):
+            raise no_codes(self.kind, spec, codes)
         return GenomicsEncoder(self, spec, width)
 
 

@@ -14,13 +14,15 @@ from draf_dist.models.encoders.kinds import wrong_kind
 from draf_dist.models.layers import Projection
 from draf_dist.models.mc import MCDropout
 from draf_dist.schema.batch import SeriesInput
+from draf_dist.schema.categories import category_counts
 from draf_dist.schema.modality import ModalitySpec, TableSpec
 
 
 class TabularConfig(Spec):
     """Two hidden layers over [values, observed bits] and, of columns that hold codes, a learned vector of each code.
 
-    codes: column -> n; it holds whole numbers 0 .. n - 1 that name something. embedding: width of their vectors.
+    Columns that the release calls categorical hold codes. codes: column -> n, others that hold whole numbers 0 .. n - 1 that name
+    something. embedding: width of their vectors.
     """
 
     kind: Literal["tabular"] = "tabular"
@@ -43,13 +45,17 @@ class TabularConfig(Spec):
         return TabularEncoder(self, spec, width)
 
     def _check_codes(self, spec: TableSpec) -> None:
-        types = {variable.name: variable.type for variable in spec.variables}
+        types, counts = {variable.name: variable.type for variable in spec.variables}, category_counts(spec)
         for name in self.codes:
             where = f"model.encoders: {self.kind} for {spec.name}: codes"
             if name not in types:
                 near = difflib.get_close_matches(name, types, n=1)
                 remedy = f"Did you mean {near[0]!r}?" if near else "See schema.json of the release."
                 raise SpecError(explain(where, expected="columns of the table", found=repr(name), remedy=remedy))
+            if name in counts and self.codes[name] != counts[name]:
+                found = f"{name}, of {counts[name]} categories"
+                remedy = "Leave it out: the release says how many there are."
+                raise SpecError(explain(where, expected=f"{self.codes[name]} codes", found=found, remedy=remedy))
             if types[name] == "numeric":
                 # Of a z-score nobody can say which code it was.
                 remedy = "Numeric columns are standardised on their way to a model; leave it out."
@@ -62,8 +68,9 @@ class TabularEncoder(nn.Module):
     def __init__(self, config: TabularConfig, spec: TableSpec, width: int) -> None:
         super().__init__()
         names = [variable.name for variable in spec.variables]
-        self.codes = CodeEmbedding(names, config.codes, config.embedding) if config.codes else None
-        embedded = len(config.codes)
+        codes = config.codes | category_counts(spec)
+        self.codes = CodeEmbedding(names, codes, config.embedding) if codes else None
+        embedded = len(codes)
         self.input = nn.Linear(2 * (len(names) - embedded) + embedded * config.embedding, config.hidden)
         self.norm = nn.LayerNorm(config.hidden)
         self.dropout = MCDropout(config.dropout)
