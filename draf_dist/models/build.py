@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from draf_dist.models.backbones import Backbones
-from draf_dist.models.fusion import FusionConfig
+from draf_dist.models.kinds import ModelConfig
 from draf_dist.schema.modality import DataSchema
 
 
-def build_model(config: FusionConfig, schema: DataSchema, seed: int) -> nn.Module:
+def build_model(config: ModelConfig, schema: DataSchema, seed: int) -> nn.Module:
     """The model with starting parameters that depend on (config, schema, seed) only; the global generator stays as it was.
 
     Models of one seed start from the same backbones if those are the same, so comparisons differ in the fusion alone.

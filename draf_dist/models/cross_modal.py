@@ -23,6 +23,7 @@ from draf_dist.models.absent import clear_absent
 from draf_dist.models.backbones import module_name
 from draf_dist.models.severity_image import thumbnail, thumbnail_size
 from draf_dist.schema.batch import Batch, ModalityInput, SeriesInput
+from draf_dist.schema.categories import batch_as_numbers, num_numbers
 from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, SeriesSpec, VolumeSpec
 
 NETS = 3
@@ -49,7 +50,7 @@ def content_size(spec: ModalitySpec) -> int:
             return thumbnail_size(spec.channels, 3)
         case SeriesSpec():
             return spec.num_steps * len(spec.variables)
-    return len(spec.variables)
+    return num_numbers(spec)
 
 
 class Embedding(nn.Module):
@@ -129,6 +130,7 @@ class CrossModalScore(nn.Module):
 
     def __init__(self, schema: DataSchema) -> None:
         super().__init__()
+        self.schema = schema
         self.nets = Nets(schema)
         self.register_buffer("median", torch.zeros(len(schema.names)))
         self.register_buffer("slope", torch.zeros(len(schema.names)))
@@ -142,7 +144,7 @@ class CrossModalScore(nn.Module):
 
     def score(self, batch: Batch) -> Tensor:
         """The cs (B, M), mean of the nets; of no meaning where a modality is absent or alone."""
-        found: Tensor = self.nets(contents_of(batch), batch.present).mean(0)
+        found: Tensor = self.nets(contents_of(batch_as_numbers(self.schema, batch)), batch.present).mean(0)
         return found
 
     def fit(self, train: Iterable[Batch], validation: Iterable[Batch], seed: int) -> None:
@@ -150,7 +152,7 @@ class CrossModalScore(nn.Module):
 
         A modality that validation never has beside another one keeps z = 0.
         """
-        rows = CleanRows.of(train)
+        rows = CleanRows.of(batch_as_numbers(self.schema, batch) for batch in train)
         if not comparable(rows.present).any():
             return
         train_nets(self.nets, rows, seed)

@@ -11,10 +11,11 @@ from torch import nn
 from draf_dist import __version__
 from draf_dist.config.spec import canonical_json, fingerprint
 from draf_dist.errors import DataError, SpecError, explain
+from draf_dist.models.backbones import mc_scope
 from draf_dist.models.build import build_model
 from draf_dist.models.card import model_card
 from draf_dist.models.exchange import check_digest, digest, fill, require_files, unreadable, weights_of
-from draf_dist.models.fusion import FusionConfig
+from draf_dist.models.kinds import ModelConfig
 from draf_dist.schema.modality import DataSchema
 from draf_dist.schema.record import Record
 from draf_dist.schema.release import ReleaseStats
@@ -28,7 +29,7 @@ class ModelDescription(Record):
 
     format: int = Field(1, ge=1, le=1)
     draf_dist: str
-    config: FusionConfig
+    config: ModelConfig
     data_schema: DataSchema
     data_schema_sha256: str
     weights_sha256: str
@@ -40,7 +41,7 @@ class ExportedModel:
     """A model with what it was trained on: pass it batches normalised with these stats, of this schema."""
 
     model: nn.Module
-    config: FusionConfig
+    config: ModelConfig
     schema: DataSchema
     stats: ReleaseStats
 
@@ -56,7 +57,7 @@ class ExportedModel:
             raise DataError(explain(where, expected=expected, found=found, remedy="Use a release with the model's own schema."))
 
 
-def model_files(model: nn.Module, config: FusionConfig, schema: DataSchema, stats: ReleaseStats) -> dict[str, bytes]:
+def model_files(model: nn.Module, config: ModelConfig, schema: DataSchema, stats: ReleaseStats) -> dict[str, bytes]:
     """The files of model/ by name, for any store. The same model gives the same bytes.
 
     They are in the order in which to write them: model.json, which holds the digests of the others, comes last.
@@ -76,12 +77,12 @@ def model_files(model: nn.Module, config: FusionConfig, schema: DataSchema, stat
     return {
         WEIGHTS: weights,
         STATS: stats_json,
-        CARD: model_card(config, schema, num_parameters).encode(),
+        CARD: model_card(config, schema, num_parameters, mc_scope(model)).encode(),
         DESCRIPTION: json.dumps(description.model_dump(mode="json"), indent=2).encode(),
     }
 
 
-def save_model(folder: Path, model: nn.Module, config: FusionConfig, schema: DataSchema, stats: ReleaseStats) -> None:
+def save_model(folder: Path, model: nn.Module, config: ModelConfig, schema: DataSchema, stats: ReleaseStats) -> None:
     """Writes model_files into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in model_files(model, config, schema, stats).items():

@@ -13,6 +13,7 @@ from torch.nn import functional
 from draf_dist.models.encoders.steps import counted_steps
 from draf_dist.models.latent_attention import FourierCode, Tokens, TokenSpec
 from draf_dist.schema.batch import SeriesInput
+from draf_dist.schema.categories import as_numbers, num_numbers
 from draf_dist.schema.modality import ImageSpec, ModalitySpec, SeriesSpec, TableSpec, VolumeSpec
 
 
@@ -43,17 +44,23 @@ class GridTokens(nn.Module):
 
 
 class RowTokens(nn.Module):
-    """SeriesInput (B, T, F) to one token of 2 F values and observed bits per step; a table is one step."""
+    """SeriesInput (B, T, F) to one token of 2 F values and observed bits per step; a table is one step.
+
+    A categorical variable counts as many times in F as it has categories: each has its indicator.
+    """
 
     def __init__(self, spec: SeriesSpec | TableSpec, code: FourierCode) -> None:
         super().__init__()
         self.code = code
+        self.modality = spec
         steps = spec.num_steps if isinstance(spec, SeriesSpec) else 1
-        self.spec = TokenSpec(code.width(2 * len(spec.variables), 1), steps)
+        self.spec = TokenSpec(code.width(2 * num_numbers(spec), 1), steps)
 
     def forward(self, series: SeriesInput) -> Tokens:
         """Tokens of one modality."""
-        values = torch.cat([series.values, series.observed.to(series.values.dtype)], dim=-1)
+        numbers = as_numbers(self.modality, series)
+        assert isinstance(numbers, SeriesInput)
+        values = torch.cat([numbers.values, numbers.observed.to(numbers.values.dtype)], dim=-1)
         coded = self.code.beside(values, values.shape[1:2])
         # A table has its one row, whatever of it was observed.
         return Tokens(coded, counted_steps(series) if self.spec.number != 1 else None)

@@ -18,7 +18,8 @@ from draf_dist.config.spec import Spec
 from draf_dist.errors import SpecError, explain
 from draf_dist.models.absent import clear_absent
 from draf_dist.models.backbones import module_name
-from draf_dist.models.encoders.image2d import Dimensions
+from draf_dist.models.encoders.image2d import Dimensions, Image2dConfig
+from draf_dist.models.encoders.volume3d import Volume3dConfig
 from draf_dist.models.link import link_of
 from draf_dist.models.mc import name_streams
 from draf_dist.models.reliability import equal_weights
@@ -73,6 +74,11 @@ class BayesianUnetConfig(Spec):
             found = "none" if name is None else repr(name)
             raise SpecError(explain("model.modality", expected="an image or a volume of the release", found=found, remedy=remedy))
         return images[name]
+
+    def encoder_of(self, spec: ImageSpec | VolumeSpec) -> Image2dConfig | Volume3dConfig:
+        """The encoder whose parameters, but for its projection, are those of the model's own."""
+        kind = Image2dConfig if isinstance(spec, ImageSpec) else Volume3dConfig
+        return kind(widths=self.widths, groups=self.groups)
 
     def tasks_of(self, schema: DataSchema) -> dict[str, TaskSpec]:
         """All that is predicted, by name; the label of the release comes first.

@@ -21,6 +21,7 @@ from draf_dist.models.absent import clear_absent
 from draf_dist.models.backbones import module_name
 from draf_dist.models.severity_image import image_statistics, num_statistics
 from draf_dist.schema.batch import Batch, ModalityInput, SeriesInput
+from draf_dist.schema.categories import as_numbers, num_numbers
 from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, SeriesSpec, TableSpec, VolumeSpec
 
 # Of the noise on standardised inputs that the table is made with.
@@ -64,7 +65,7 @@ def num_values(spec: ModalitySpec) -> int:
             return num_statistics(spec.channels, spec.delivered)
         case SeriesSpec():
             return spec.num_steps * len(spec.variables)
-    return len(spec.variables)
+    return num_numbers(spec)
 
 
 class Energy(nn.Module):
@@ -180,6 +181,7 @@ class Severity(nn.Module):
     def __init__(self, schema: DataSchema) -> None:
         super().__init__()
         self.schema = schema
+        self.specs = {spec.name: spec for spec in schema.modalities}
         pictures = ImageSpec | VolumeSpec
         self.measures = nn.ModuleDict(
             {module_name(spec.name): Energy(num_values(spec), standardise=isinstance(spec, pictures)) for spec in schema.modalities}
@@ -197,7 +199,7 @@ class Severity(nn.Module):
 
     def energy(self, name: str, value: ModalityInput) -> Tensor:
         """E (B,) of an input without NaN."""
-        found: Tensor = self.measures[module_name(name)](Vectors.of(value))
+        found: Tensor = self.measures[module_name(name)](Vectors.of(as_numbers(self.specs[name], value)))
         return found
 
     @torch.no_grad()
@@ -238,10 +240,11 @@ def clean_vectors(schema: DataSchema, batches: Iterable[Batch]) -> dict[str, lis
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for batch in batches:
         inputs = clear_absent(batch)
-        for name in schema.names:
-            rows = Vectors.of(inputs[name]).rows(measurable(batch, name, inputs[name]))
+        for spec in schema.modalities:
+            value = inputs[spec.name]
+            rows = Vectors.of(as_numbers(spec, value)).rows(measurable(batch, spec.name, value))
             if len(rows.values):
-                found.setdefault(name, []).append((rows.values, rows.observed))
+                found.setdefault(spec.name, []).append((rows.values, rows.observed))
     return found
 
 

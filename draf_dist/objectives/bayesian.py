@@ -4,7 +4,7 @@ L_total = L_task + lambda_kl KL / N + lambda_adv L_adv + lambda_att L_att + lamb
 lambda once (the proposal has two of them in the losses too).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from draf_dist import noise
 from draf_dist.config.spec import Spec
-from draf_dist.errors import SpecError, explain
+from draf_dist.errors import SpecError, explain, together
 from draf_dist.losses.alignment import (
     AttentionTarget,
     ClinicalScaling,
@@ -28,9 +28,13 @@ from draf_dist.losses.task import is_known, task_loss, task_losses
 from draf_dist.models.absent import clear_absent
 from draf_dist.models.variational import weight_keys
 from draf_dist.objectives.adversarial import AdversarialConfig, Reduce, uncertainty_weights
+from draf_dist.objectives.annotations import annotation, check_annotation, mask_annotation
 from draf_dist.schema.batch import Batch, FusionOutput, SegmentationTarget, Target, Term
+from draf_dist.schema.modality import DataSchema
 
 HEAD = "logits/"
+# What a head besides the label is to say of a batch.
+HeadTarget = Callable[[Batch], Target]
 
 
 class BayesianObjectiveConfig(Spec):
@@ -39,7 +43,8 @@ class BayesianObjectiveConfig(Spec):
     kl_per: `voxel` divides by the voxels that training looks at, N V, as the cross-entropy of a mask is a mean over V of them and
     the sum of both is then an evidence lower bound at lambda_kl 1; `row` divides by N as spec 3.4 writes it. Without masks they are
     the same. kl_warmup: share of all steps in which KL comes in. estimator: local reparameterisation, or sampled weights.
-    clinical_map, body_mask: the modality that holds the experts' maps, or the masks of the body; None: there are none.
+    clinical_map, body_mask: the modality that holds the experts' maps, or the masks of the body; None: there are none. head_masks:
+    head -> the modality that holds its masks, of two structures.
     """
 
     kind: Literal["bayesian"] = "bayesian"
@@ -57,15 +62,45 @@ class BayesianObjectiveConfig(Spec):
     clinical_scaling: ClinicalScaling = "peak"
     lambda_anat: float = Field(0.1, ge=0)
     body_mask: str | None = None
+    head_masks: dict[str, str] = {}
+
+    @property
+    def least_passes(self) -> int:
+        """Passes of a training step: two where the loss looks at an uncertainty, which one does not show."""
+        return 2 if self.lambda_att > 0 or (self.lambda_adv > 0 and self.adversarial is not None) else 1
+
+    def check(self, image: str, schema: DataSchema) -> None:
+        """Whether the release has the annotations of the image that the model reads.
+
+        Raises:
+            SpecError: one line for each that it has not, or on another grid.
+        """
+        problems = []
+        named = {"clinical_map": self.clinical_map, "body_mask": self.body_mask}
+        for key, name in ((key, name) for key, name in named.items() if name is not None):
+            try:
+                check_annotation(f"objective.{key}", name, image, schema)
+            except SpecError as error:
+                problems.append(str(error))
+        if problems:
+            raise SpecError(together(problems))
 
     def build(
-        self, *, modality: str, num_train: int, num_steps: int, seed: int, reduce: Reduce = lambda values: values
+        self,
+        *,
+        modality: str,
+        num_train: int,
+        num_steps: int,
+        seed: int,
+        reduce: Reduce = lambda values: values,
+        heads: Mapping[str, HeadTarget] | None = None,
     ) -> "BayesianObjective":
         """The objective at step 0. modality: what the model reads. num_train: N, studies whose target training may use.
 
-        num_steps: of the whole run. seed: of sampled weights. reduce: the sum over ranks.
+        num_steps: of the whole run. seed: of sampled weights. reduce: the sum over ranks. heads: the targets of those besides the
+        label.
         """
-        return BayesianObjective(self, modality, num_train, num_steps, seed, reduce)
+        return BayesianObjective(self, modality, num_train, num_steps, seed, reduce, heads or {})
 
 
 @dataclass(frozen=True)
@@ -83,6 +118,7 @@ class BayesianObjective:
     num_steps: int
     seed: int
     reduce: Reduce
+    heads: Mapping[str, HeadTarget]
     step: int = 0
 
     def at(self, step: int) -> "BayesianObjective":
@@ -97,16 +133,22 @@ class BayesianObjective:
         """
         self._check_passes(keys)
         output: FusionOutput = model(batch, keys, *self._weight_keys(keys))
-        task = task_terms(output, batch.target, self.counted(batch))
+        task = task_terms(output, self.targets(batch), self.counted(batch))
         signals = {f"signal_{name}": _mean(values, batch.weight) for name, values in output.signals.items()}
         return (
             task | self.divergence(output, batch) | self._adversarial(model, batch, keys, task) | self.maps(output, batch) | signals
         )
 
+    def targets(self, batch: Batch) -> Target | Mapping[str, Target]:
+        """The target of the label, or of all heads by name."""
+        if not self.heads:
+            return batch.target
+        return {"": batch.target, **{name: target(batch) for name, target in self.heads.items()}}
+
     def divergence(self, output: FusionOutput, batch: Batch) -> dict[str, Term]:
         """lambda_kl KL / N, or of N V."""
         config = self.config
-        count = self.num_train * (_num_voxels(batch.target) if config.kl_per == "voxel" else 1)
+        count = self.num_train * (_num_voxels(self.targets(batch)) if config.kl_per == "voxel" else 1)
         scale = config.lambda_kl * kl_warmup(self.step, self.num_steps, config.kl_warmup) / count
         return {"kl": kl_term(output.parts["posterior"], batch.weight, prior_sigma=config.prior_sigma, scale=scale)}
 
@@ -123,10 +165,8 @@ class BayesianObjective:
             term = clinical_alignment(attention, expert, known, counted, scaling=config.clinical_scaling)
             terms["clinical"] = replace(term, scale=config.lambda_clinical)
         if config.lambda_anat > 0 and config.body_mask is not None:
-            body, known = annotation(batch, config.body_mask)
-            # A mask of one value says nothing: whether all is body or none of it was lost when images were normalised.
-            known = known & (body.flatten(1).amax(1) > 0)
-            terms["anatomical"] = replace(anatomical(attention, body > 0.5, known, counted), scale=config.lambda_anat)
+            body, known = mask_annotation(batch, config.body_mask)
+            terms["anatomical"] = replace(anatomical(attention, body, known, counted), scale=config.lambda_anat)
         return terms
 
     def counted(self, batch: Batch) -> Tensor:
@@ -145,7 +185,7 @@ class BayesianObjective:
         outside, inside = (self.config.lambda_adv * share for share in (1 - config.clean_weight, config.clean_weight))
         terms = {
             f"adversarial_{name}": Term(term.numerator, task[name].weight, outside)
-            for name, term in task_terms(output, batch.target, counted * weights).items()
+            for name, term in task_terms(output, self.targets(batch), counted * weights).items()
         }
         if config.include_clean:
             terms |= {f"adversarial_clean_{name}": replace(term, scale=inside) for name, term in task.items()}
@@ -156,10 +196,11 @@ class BayesianObjective:
         draws = torch.arange(config.samples, device=keys.device)
         eot = noise.chain(keys[:1], "attack", draws[:, None])
         weights = [noise.chain(chosen[:1], "attack", draws) for chosen in self._weight_keys(keys)]
+        targets = self.targets(batch)
 
         def loss(image: Tensor) -> Tensor:
             seen = replace(batch, inputs={**batch.inputs, self.modality: image})
-            return row_losses(model(seen, eot, *weights), batch.target)
+            return row_losses(model(seen, eot, *weights), targets)
 
         image = clear_absent(batch)[self.modality]
         assert isinstance(image, Tensor)  # the model reads no other
@@ -172,9 +213,7 @@ class BayesianObjective:
         return (weight_keys(self.seed, self.step, keys.shape[0], keys.device),)
 
     def _check_passes(self, keys: Tensor) -> None:
-        config = self.config
-        uncertain = config.lambda_att > 0 or (config.lambda_adv > 0 and config.adversarial is not None)
-        if keys.shape[0] < 2 and uncertain:
+        if keys.shape[0] < self.config.least_passes:
             remedy = "Set it to 2 or more, or lambda_att to 0 and leave `adversarial` out: one pass shows no uncertainty."
             raise SpecError(explain("passes_train", expected="at least 2", found=str(keys.shape[0]), remedy=remedy))
 
@@ -220,27 +259,6 @@ def by_head(output: FusionOutput, target: Target | Mapping[str, Target]) -> dict
         raise SpecError(explain("targets", expected="one for the label", found=", ".join(of_label), remedy=remedy))
     found = {name: (output.parts[HEAD + name].transpose(0, 1), value) for name, value in others.items()}
     return found | ({"": (output.logits, target[of_label[0]])} if of_label else {})
-
-
-def annotation(batch: Batch, modality: str) -> tuple[Tensor, Tensor]:
-    """A map f32 (B, *space) in [0, 1] that the release holds as an image, and which rows have one, bool (B,).
-
-    Its own least value stands for 0 and its largest for 1, which undoes whatever the images were normalised with; all 0 where
-    the two are equal.
-
-    Raises:
-        SpecError: the batch has no such image.
-    """
-    inputs = clear_absent(batch)
-    image = inputs.get(modality)
-    if not isinstance(image, Tensor):
-        images = ", ".join(name for name, value in inputs.items() if isinstance(value, Tensor))
-        remedy = f"Images: {images}."
-        raise SpecError(explain("objective", expected="an image of the release", found=repr(modality), remedy=remedy))
-    flat = image[:, 0].flatten(1)
-    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
-    scaled = (flat - low) / torch.where(high > low, high - low, 1.0)
-    return scaled.view_as(image[:, 0]), batch.present[:, batch.modalities.index(modality)]
 
 
 def _num_voxels(target: Target | Mapping[str, Target]) -> int:

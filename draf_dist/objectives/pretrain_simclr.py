@@ -1,4 +1,4 @@
-"""SimCLR: an image encoder learns, without labels, to tell two views of one study from those of all others."""
+"""SimCLR: an encoder of images or volumes learns, without labels, to tell two views of one study from those of all others."""
 
 from dataclasses import fields
 from typing import Literal
@@ -15,7 +15,7 @@ from draf_dist.losses.nt_xent import nt_xent
 from draf_dist.losses.task import task_loss
 from draf_dist.models.contrastive import ContrastiveNet, ContrastiveOutput
 from draf_dist.models.encoders import EncoderConfig
-from draf_dist.objectives.pretrain_modality import encoder_config, modality_of, not_readable
+from draf_dist.objectives.pretrain_modality import encoder_config, no_picture, picture_of
 from draf_dist.schema.batch import Batch, ClassTarget, Term
 from draf_dist.schema.modality import DataSchema, ImageSpec
 
@@ -45,11 +45,11 @@ class SimclrConfig(Spec):
         """The network that the objective trains.
 
         Raises:
-            SpecError: the modality is no image of this schema, or the encoder reads no images.
+            SpecError: the modality is no image or volume of this schema, or the encoder does not read it.
         """
-        spec = modality_of(schema, self.modality, ImageSpec)
+        spec = picture_of(schema, self.modality)
         built = encoder_config(encoder, spec).build(spec, width)
-        regions, protocols = self.views.crop.num_regions, len(schema.sites)
+        regions, protocols = self.views.crop.regions_of(2 if isinstance(spec, ImageSpec) else 3), len(schema.sites)
         return ContrastiveNet(built, width, regions, protocols, protocol_adversarial=self.protocol_adversarial)
 
 
@@ -120,9 +120,9 @@ class SimclrObjective:
         image = batch.inputs.get(name)
         if not isinstance(image, Tensor):
             known = tuple(other for other, value in batch.inputs.items() if isinstance(value, Tensor))
-            raise not_readable(name, ImageSpec, known)
+            raise no_picture(name, known)
         valid = batch.present[:, batch.modalities.index(name)] & (batch.weight > 0)
-        return torch.where(valid[:, None, None, None], image, 0.0), valid
+        return torch.where(valid.view(-1, *[1] * (image.dim() - 1)), image, 0.0), valid
 
 
 def _of_both_views(logits: Tensor, target: ClassTarget, scale: float) -> Term:

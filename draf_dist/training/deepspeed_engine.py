@@ -19,6 +19,7 @@ from draf_dist.training.activation_checkpointing import checkpoint_activations
 from draf_dist.training.adamw import AdamW
 from draf_dist.training.backend import DECODE_THREADS
 from draf_dist.training.bf16 import compute_in_bf16
+from draf_dist.training.decay import decay_groups
 from draf_dist.training.deepspeed_config import DeepSpeedConfig
 from draf_dist.training.deepspeed_files import DeepSpeedFiles
 from draf_dist.training.job import OptimizerConfig
@@ -174,7 +175,7 @@ class DeepSpeedRanks:
             checkpoint_activations(module, *([_still_gathered] if self.config.zero_stage == 3 else []))
         if self.config.precision == "bf16":
             compute_in_bf16(module, self.device)
-        optimizer = AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = AdamW(decay_groups(module, config.weight_decay), config.learning_rate, weight_decay=config.weight_decay)
         config_dict = settings(self.config, config.clip_norm, sum(p.numel() for p in module.parameters()))
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config_dict)
         files = DeepSpeedFiles(engine, self.config.zero_stage)

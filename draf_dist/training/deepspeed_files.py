@@ -40,6 +40,7 @@ class DeepSpeedFiles:
         mine = [fragment for name, value in cut.items() for fragment in self._piece("weight", name, value)]
         held = self._held()
         if held is not None:
+            self._link_moments()
             for name, parameter in self._trained():
                 common.append(whole("step", name, held["step"]))
                 for kind in MOMENTS:
@@ -170,7 +171,15 @@ class DeepSpeedFiles:
             for kind in MOMENTS:
                 state[owner].setdefault(kind, torch.zeros_like(owner)).zero_()
             state[owner]["step"] = step.clone()
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Lets ZeRO 1 and 2 find the moments of every parameter.
+
+        DeepSpeed does it once, after the first of several groups has stepped, when the others have no moments yet.
+        """
         if self.zero_stage in (1, 2):
+            self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @contextmanager

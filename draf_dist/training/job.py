@@ -9,8 +9,9 @@ from draf_dist.config.spec import Spec, fingerprint
 from draf_dist.data.bad_data import BadData
 from draf_dist.data.corruption import TrainingCorruption
 from draf_dist.errors import SpecError, explain
-from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.draf import DrafConfig
+from draf_dist.models.kinds import ModelConfig
+from draf_dist.objectives.bayesian import BayesianObjectiveConfig
 from draf_dist.objectives.finetune import FinetuneObjectiveConfig, objective_of, objectives_of
 from draf_dist.storage import has_credentials
 from draf_dist.training.watch.bad_loss import BadLoss
@@ -106,18 +107,20 @@ class FinetuneJob(TrainJob):
     pretrained: modality -> URL of a finished pre-training run, whose encoder it starts from; a run pins the encoder's sha256.
     warm_start: URL of a finished fine-tuning run, from whose weights and normalisation it goes on; pinned likewise.
     objective: by default that of the model; others leave a part of it untrained, but for `cox`, which is for times.
-    label_fraction: share of the training studies whose label is used; a larger share holds all of a smaller one. passes_train,
-    passes_eval: Monte-Carlo passes per step and per validation.
+    label_fraction: share of the training studies whose label is used; a larger share holds all of a smaller one. label_fraction_of:
+    `studies` by a coin each; `subjects` whole, of every site and label the same share. passes_train, passes_eval: Monte-Carlo
+    passes per step and per validation.
     """
 
     kind: Literal["finetune"] = "finetune"
-    model: FusionConfig = DrafConfig()
+    model: ModelConfig = DrafConfig()
     objective: FinetuneObjectiveConfig = Field(default_factory=lambda job: objective_of(job["model"].kind))
     pretrained: dict[str, str] = {}
     # Left out of the stored form where they are not set: jobs from before there was such a thing keep their names.
     warm_start: str | None = Field(None, exclude_if=lambda url: url is None)
     replay: Replay | None = Field(None, exclude_if=lambda replay: replay is None)
     label_fraction: float = Field(1.0, gt=0, le=1)
+    label_fraction_of: Literal["studies", "subjects"] = Field("studies", exclude_if=lambda chosen: chosen == "studies")
     corruption: TrainingCorruption = TrainingCorruption()
     passes_train: int = Field(4, ge=1)
     passes_eval: int = Field(30, ge=1)
@@ -143,6 +146,13 @@ class FinetuneJob(TrainJob):
         known = objectives_of(self.model.kind)
         if self.objective.kind not in known:
             raise ValueError(f"model {self.model.kind} is trained by the objective {' or '.join(known)}, not {self.objective.kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _passes_of_the_objective(self) -> "FinetuneJob":
+        if isinstance(self.objective, BayesianObjectiveConfig) and self.passes_train < self.objective.least_passes:
+            found = f"passes_train is {self.passes_train}, and the objective looks at uncertainty, which one pass does not show"
+            raise ValueError(f"{found}: set it to 2 or more, or lambda_att to 0 and leave `adversarial` out")
         return self
 
     @property

@@ -1,19 +1,21 @@
 """How often each outcome occurs among the labels that training may use."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from draf_dist import noise
 from draf_dist.data.release import Release
+from draf_dist.data.splits import StudyRow
 from draf_dist.data.targets import target_rows
 from draf_dist.errors import DataError, explain
 from draf_dist.schema.batch import ClassTarget, MultiLabelTarget, SurvivalTarget
-from draf_dist.schema.label_text import read_label
-from draf_dist.schema.study import StudyLabel
+from draf_dist.schema.label import SegmentationSpec
+from draf_dist.schema.label_text import read_label, stratum
+from draf_dist.schema.study import MaskLabel, StudyLabel
 from draf_dist.training.job import FinetuneJob
+from draf_dist.training.label_fraction import HasLabel, labelled_studies
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,14 @@ class LabelCounts:
     """How often each of K outcomes held, of how many.
 
     held, of: int64 (K,). Of a class: its studies, of all; of a label: where it holds, of where it is known; of an interval: the
-    events in it, of those who reached it.
+    events in it, of those who reached it; of a structure of a mask, which is not read here: 0, of all masks. num_studies: all
+    whose label training may use. has_label: which studies keep theirs, if they have one.
     """
 
     held: Tensor
     of: Tensor
-
-
-def has_label(job: FinetuneJob, uid: Tensor) -> Tensor:
-    """Which studies, uid int64 (B,), keep their label: bool (B,). A larger fraction keeps all that a smaller one keeps."""
-    return noise.uniform(noise.chain(job.seed, "label_fraction", uid), ()) < job.label_fraction
+    num_studies: int
+    has_label: HasLabel
 
 
 def count_labels(job: FinetuneJob, release: Release) -> LabelCounts:
@@ -52,27 +52,36 @@ def count_labels(job: FinetuneJob, release: Release) -> LabelCounts:
     if strange:
         expected, found = ", ".join(task.outputs), f"{strange} others"
         raise DataError(explain("subjects.parquet: label", expected=expected, found=found, remedy="Prepare again."))
-    uid = torch.tensor([table["uid"][row].as_py() for row in train], dtype=torch.int64)
-    kept = has_label(job, uid).tolist()
-    return _counted(release, [labels[texts[row]] for row, keeps in zip(train, kept, strict=True) if keeps])
+    uid = table["uid"].take(train).to_pylist()
+    subjects, sites = (table[name].take(train).to_pylist() for name in ("subject", "site"))
+    known = [labels[texts[row]] for row in train]
+    studies = [StudyRow(subject, site, stratum(label)) for subject, site, label in zip(subjects, sites, known, strict=True)]
+    has_label = labelled_studies(job, zip(uid, studies, strict=True))
+    kept = has_label(torch.tensor(uid, dtype=torch.int64)).tolist()
+    used = [label for label, keeps in zip(known, kept, strict=True) if keeps and label != MaskLabel(drawn=False)]
+    held, of = _counted(release, used)
+    return LabelCounts(held, of, len(used), has_label)
 
 
-def _counted(release: Release, labels: Iterable[StudyLabel]) -> LabelCounts:
-    labels = list(labels)
+def _counted(release: Release, labels: Sequence[StudyLabel]) -> tuple[Tensor, Tensor]:
+    """How often each held, and of how many."""
+    if isinstance(release.schema.label, SegmentationSpec):
+        held = torch.zeros(release.schema.num_outputs, dtype=torch.int64)
+        return held, held + len(labels)
     rows = target_rows(release.schema.label, len(labels))
     for row, label in enumerate(labels):
         rows.set(row, label)
     match rows.target():
         case ClassTarget() as target:
             held = torch.bincount(target.label, minlength=release.schema.num_outputs)
-            return LabelCounts(held, held.sum().expand_as(held))
+            return held, held.sum().expand_as(held)
         case MultiLabelTarget() as target:
-            return LabelCounts(target.label.sum(0), target.observed.sum(0))
+            return target.label.sum(0), target.observed.sum(0)
         case SurvivalTarget() as target:
             interval = torch.arange(release.schema.num_outputs)
             died = (target.interval[:, None] == interval) & target.event[:, None]
             # Who is censored in an interval is not known to have reached its end, and so is at risk up to the one before.
             at_risk = (target.interval[:, None] > interval) | died
-            return LabelCounts(died.sum(0), at_risk.sum(0))
+            return died.sum(0), at_risk.sum(0)
         case _:
-            raise TypeError("a mask is no label of a study")
+            raise TypeError("a mask is counted by its studies")

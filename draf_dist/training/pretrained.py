@@ -2,9 +2,10 @@
 
 from torch import nn
 
-from draf_dist.errors import SpecError, explain
+from draf_dist.errors import SpecError, explain, together
 from draf_dist.models.backbones import Backbones, module_name
 from draf_dist.models.encoder_export import ENCODER_DESCRIPTION, ENCODER_FILES, ExportedEncoder, read_description, read_encoder
+from draf_dist.models.segmentation import BayesianUnet
 from draf_dist.schema.modality import DataSchema
 from draf_dist.training.earlier_run import check_pin, finished_run, split_pin
 from draf_dist.training.run_folder import MODEL, RunFolder
@@ -47,6 +48,9 @@ def start_from(model: nn.Module, pretrained: dict[str, str], schema: DataSchema)
         SpecError: a model without encoders; a modality that the release does not have, or an encoder that does not fit it. See also
             load_encoder.
     """
+    if isinstance(model, BayesianUnet):
+        _start_unet(model, pretrained, schema)
+        return
     specs = {spec.name: spec for spec in schema.modalities}
     places = [module for module in model.modules() if isinstance(module, Backbones)]
     if pretrained and not places:
@@ -61,6 +65,27 @@ def start_from(model: nn.Module, pretrained: dict[str, str], schema: DataSchema)
             encoder = backbones.choice.of(specs[name])
             exported.description.check_fits(specs[name], encoder, backbones.width, where=f"pretrained.{name}")
             backbones.encoders[module_name(name)].load_state_dict(exported.encoder.state_dict())
+
+
+def _start_unet(model: BayesianUnet, pretrained: dict[str, str], schema: DataSchema) -> None:
+    """The same for the encoder within a U-Net, which has no projection: the size of the images does not matter to it."""
+    for name, url in pretrained.items():
+        if name != model.modality:
+            remedy = f"Write `pretrained: {{{model.modality}: ...}}`."
+            raise SpecError(explain("pretrained", expected="the modality that the model reads", found=repr(name), remedy=remedy))
+        exported = load_encoder(url)
+        spec = model.config.image_of(schema)
+        wanted = {"channels": spec.channels, **model.config.encoder_of(spec).model_dump(include={"kind", "widths", "groups"})}
+        there = {"channels": getattr(exported.description.modality, "channels", None), **exported.description.encoder.model_dump()}
+        remedy = "Give the model the widths and groups of the encoder, or pre-train this one."
+        problems = [
+            explain(f"pretrained.{name}: {key}", expected=str(value), found=str(there.get(key)), remedy=remedy)
+            for key, value in wanted.items()
+            if there.get(key) != value
+        ]
+        if problems:
+            raise SpecError(together(problems))
+        model.start_encoder(exported.encoder.state_dict())
 
 
 def _finished(url: str) -> RunFolder:

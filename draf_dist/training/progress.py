@@ -52,7 +52,8 @@ class ProgressLine:
     def epoch(self, epoch: int, loss: float, numbers: dict[str, float], *, best: bool) -> None:
         """Says how an epoch went; epoch counts epochs done."""
         rate = "-" if self._rate is None else f"{self._rate:,.0f}"
-        found = "  ".join(f"val {name} {value:.4f}" for name, value in numbers.items())
+        # Those by modality are many: they are in metrics.jsonl.
+        found = "  ".join(f"val {name} {value:.4f}" for name, value in numbers.items() if "/" not in name)
         mark = "  best so far" if best else ""
         line = f"epoch {epoch}/{self._num_epochs}  loss {loss:.4f}  {found}  {rate} samples/s{mark}"
         self._console.print(line, highlight=False, soft_wrap=True)

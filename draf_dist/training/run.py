@@ -24,6 +24,7 @@ from draf_dist.training.loop import StepReport, train_steps
 from draf_dist.training.pin import pin
 from draf_dist.training.repeatable import repeatable
 from draf_dist.training.restoring import go_on
+from draf_dist.training.risk_correlation import risk_warnings
 from draf_dist.training.run_folder import Fence, RunFolder, Start, as_pinned_there, enter_run, open_run
 from draf_dist.training.saving import Committer, Saver
 from draf_dist.training.schedule import SaveGrid
@@ -372,6 +373,8 @@ def _finish(work: Attempt) -> RunResult:
     """Exports the weights of the best validation; the run is finished once the ledger says so, and no rank leaves before."""
     if work.backend.rank == 0:
         _export(work)
+        for warning in risk_warnings(work.folder.metrics(), work.state.stopping.best_step):
+            _say(work.console, f"warning: {warning}")
     _of_first(work.backend, [1.0])
     ended = work.folder.end()
     assert ended is not None

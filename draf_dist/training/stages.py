@@ -14,4 +14,5 @@ def build_stage(job: AnyJob, release: Release, backend: Backend, run: str | None
     """The stage of a job whose release, and whatever else it reads, is pinned. run: its URL, once there is one."""
     if isinstance(job, PretrainJob):
         return build_pretraining(job, release, backend, run)
-    return build_finetuning(job, release, backend.device, run, gather=AllGather() if backend.world > 1 else one_process)
+    gather = AllGather() if backend.world > 1 else one_process
+    return build_finetuning(job, release, backend.device, run, gather=gather, reduce=backend.reduce)

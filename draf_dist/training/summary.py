@@ -8,7 +8,10 @@ from draf_dist.data.release import open_release
 from draf_dist.errors import DrafError
 from draf_dist.schema.release import Receipt
 from draf_dist.training.goodput import Goodput, goodput
+from draf_dist.training.job import FinetuneJob
+from draf_dist.training.jobs import AnyJob
 from draf_dist.training.journal import Line
+from draf_dist.training.label_counts import count_labels
 from draf_dist.training.ledger import (
     NOTHING,
     SourceEpoch,
@@ -19,6 +22,7 @@ from draf_dist.training.ledger import (
     supply_of,
 )
 from draf_dist.training.plan import build_plan
+from draf_dist.training.risk_correlation import risk_warnings
 from draf_dist.training.run_folder import RunFolder, open_run
 
 
@@ -29,10 +33,12 @@ class RunSummary:
     state: open means that no attempt has said that it ended: it still runs, or was killed. score: the number of validation that is
     to fall; best_loss, best_step: its lowest, and when. samples: studies consumed, by source epoch. epochs_complete: source epochs
     consumed whole, each study once: their receipt equals the source's. as_planned: whether all receipts, those of begun epochs too,
-    are those that the order gives for these steps. Both None where the release can't be read. left_out: samples that the order gave
-    and that were left out as unusable: with them no epoch is whole, and of as_planned only the counts can be compared. goodput:
-    what the wall time went into; data, validation: what the loaders of all ranks did in all attempts for either. skipped, slow: the
-    lines of the ledger about updates that were skipped and ranks that were slow. epochs: the validation lines of metrics.jsonl.
+    are those that the order gives for these steps. Both None where the release can't be read. labelled: training studies whose
+    label is used, where the job uses a fraction of them; None: all, or the release can't be read. left_out: samples that the order
+    gave and that were left out as unusable: with them no epoch is whole, and of as_planned only the counts can be compared.
+    goodput: what the wall time went into; data, validation: what the loaders of all ranks did in all attempts for either. skipped,
+    slow: the lines of the ledger about updates that were skipped and ranks that were slow. epochs: the validation lines of
+    metrics.jsonl. warnings: what the best validation says that a reader should know.
     """
 
     url: str
@@ -47,6 +53,7 @@ class RunSummary:
     samples: dict[str, int]
     epochs_complete: int | None
     as_planned: bool | None
+    labelled: int | None
     left_out: int
     goodput: Goodput
     data: LoaderStats
@@ -55,6 +62,7 @@ class RunSummary:
     skipped: tuple[Line, ...]
     slow: tuple[Line, ...]
     epochs: tuple[Line, ...]
+    warnings: tuple[str, ...]
 
 
 def summarise(run_url: str) -> RunSummary:
@@ -85,6 +93,7 @@ def summarise(run_url: str) -> RunSummary:
         samples={source_epoch_name(*of): receipt.count for of, receipt in sorted(receipts.items())},
         epochs_complete=complete,
         as_planned=as_planned,
+        labelled=_labelled(folder.job),
         left_out=sum(left_out.values()),
         goodput=goodput(lines),
         data=supplied.training,
@@ -93,6 +102,7 @@ def summarise(run_url: str) -> RunSummary:
         skipped=tuple(line for line in lines if line["event"] == "skipped"),
         slow=tuple(line for line in lines if line["event"] == "slow"),
         epochs=epochs,
+        warnings=risk_warnings(epochs, None if best is None else best["step"]),
     )
 
 
@@ -110,6 +120,15 @@ def _compare(
     return complete, all(
         _accounted_for(planned.get(of, NOTHING), receipts.get(of, NOTHING), left_out.get(of, 0)) for of in {*planned, *receipts}
     )
+
+
+def _labelled(job: AnyJob) -> int | None:
+    if not isinstance(job, FinetuneJob) or job.label_fraction == 1:
+        return None
+    try:
+        return count_labels(job, open_release(job.release)).num_studies
+    except DrafError:
+        return None
 
 
 def _accounted_for(planned: Receipt, found: Receipt, left_out: int) -> bool:

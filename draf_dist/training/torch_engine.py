@@ -13,6 +13,7 @@ from draf_dist.errors import DataError, explain
 from draf_dist.training.activation_checkpointing import checkpoint_activations
 from draf_dist.training.adamw import AdamW
 from draf_dist.training.backend import DECODE_THREADS
+from draf_dist.training.decay import decay_groups
 from draf_dist.training.fragments import KINDS_OF_ADAM, Fragment, Kind, WholeTensors, kind_of, whole
 from draf_dist.training.job import OptimizerConfig
 
@@ -102,11 +103,11 @@ class OneProcess:
         return rows
 
     def start(self, module: nn.Module, config: OptimizerConfig) -> tuple[TorchEngine, TorchFiles]:
-        """Adam with decoupled weight decay."""
+        """Adam with decoupled weight decay, see decay_groups."""
         module = module.to(self.device)
         if self.activation_checkpointing:
             checkpoint_activations(module)
-        optimizer = AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = AdamW(decay_groups(module, config.weight_decay), config.learning_rate, weight_decay=config.weight_decay)
         return TorchEngine(module, optimizer, clip_norm=config.clip_norm), TorchFiles(module, optimizer)
 
 

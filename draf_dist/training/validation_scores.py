@@ -1,7 +1,6 @@
 """What validation says of the predictions of one split, by the kind of target."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,11 +11,8 @@ from draf_dist.metrics import multilabel
 from draf_dist.metrics.classification import accuracy, auroc
 from draf_dist.metrics.survival import concordance_index, risk, survival_negative_log_likelihood
 from draf_dist.metrics.temperature import fit_temperature
-from draf_dist.schema.batch import Batch, ClassTarget, MultiLabelTarget, SurvivalTarget
-
-# Of the studies whose target is known: the prediction first, then what is known, n rows each.
-Columns = tuple[Tensor, ...]
-Arrays = Sequence[NDArray[np.float64]]
+from draf_dist.schema.batch import Batch, ClassTarget, MultiLabelTarget, SegmentationTarget, SurvivalTarget
+from draf_dist.training.mask_scores import Arrays, Columns, of_masks
 
 
 def log_prediction(logits: Tensor) -> Tensor:
@@ -39,7 +35,7 @@ def columns_of(logits: Tensor, batch: Batch) -> Columns:
         case SurvivalTarget(time, event, interval, observed):
             columns = (logits.double().sigmoid().mean(0), time, event, interval)
         case _:
-            raise TypeError(f"{type(batch.target).__name__} is validated by its own stage")
+            raise TypeError(f"{type(batch.target).__name__} is validated pass by pass, see mask_scores.py")
     known = observed & (batch.weight > 0)
     # One dtype: integers and flags are exact in it, and one gather serves all.
     return tuple(column[known].double() for column in columns)
@@ -51,6 +47,8 @@ def scores(target: type, columns: Arrays) -> dict[str, float]:
         return _of_classes(columns[0], columns[1].astype(np.int64))
     if target is MultiLabelTarget:
         return _of_labels(columns[0], columns[1] > 0, columns[2] > 0)
+    if target is SegmentationTarget:
+        return of_masks(columns)
     hazard, time, event, interval = columns
     nll = survival_negative_log_likelihood(hazard, interval.astype(np.int64), event > 0)
     return {"nll": nll, "c_index": concordance_index(time, event > 0, risk(hazard))}

@@ -5,13 +5,13 @@ from typing import Any
 
 from draf_dist.errors import SpecError, explain, together
 from draf_dist.models.export import DESCRIPTION, REQUIRED_FILES, ExportedModel, ModelDescription, read_description, read_model
-from draf_dist.models.fusion import FusionConfig
+from draf_dist.models.kinds import ModelConfig
 from draf_dist.schema.modality import DataSchema
 from draf_dist.training.earlier_run import check_pin, finished_run, split_pin
 from draf_dist.training.run_folder import MODEL, RunFolder
 
 
-def pin_start(url: str, config: FusionConfig, schema: DataSchema) -> str:
+def pin_start(url: str, config: ModelConfig, schema: DataSchema) -> str:
     """URL@<sha256 of model.safetensors> of the finished fine-tuning run at a URL, which may be pinned already.
 
     config, schema: of the model that is to start there, and of the data that it will read.
@@ -30,7 +30,7 @@ def pin_start(url: str, config: FusionConfig, schema: DataSchema) -> str:
     return f"{run.url}@{description.weights_sha256}"
 
 
-def load_start(pinned_url: str, config: FusionConfig, schema: DataSchema) -> ExportedModel:
+def load_start(pinned_url: str, config: ModelConfig, schema: DataSchema) -> ExportedModel:
     """The model of a URL from pin_start, with the statistics that its input was normalised with.
 
     Raises:
@@ -47,7 +47,7 @@ def _finished(url: str) -> RunFolder:
     return finished_run(url, kind="finetune", what="fine-tuning", description=DESCRIPTION)
 
 
-def _differences(there: ModelDescription, config: FusionConfig, schema: DataSchema) -> Iterator[str]:
+def _differences(there: ModelDescription, config: ModelConfig, schema: DataSchema) -> Iterator[str]:
     """One line for every setting of the model, every modality and every property of the label that is another one there.
 
     Sites may differ: no parameter belongs to one.

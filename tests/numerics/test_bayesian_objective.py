@@ -16,7 +16,8 @@ from draf_dist.losses.task import task_loss
 from draf_dist.models.segmentation import BayesianUnet, BayesianUnetConfig
 from draf_dist.models.variational import weight_keys
 from draf_dist.objectives.adversarial import AdversarialConfig, uncertainty_weights
-from draf_dist.objectives.bayesian import BayesianObjective, BayesianObjectiveConfig, annotation, row_losses
+from draf_dist.objectives.annotations import annotation
+from draf_dist.objectives.bayesian import BayesianObjective, BayesianObjectiveConfig, row_losses
 from draf_dist.schema.batch import Batch, MultiLabelTarget, SegmentationTarget, Term
 from draf_dist.schema.label import TaskSpec
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from draf_dist.losses.segmentation import dice, segmentation_terms, voxel_cross_entropy
 from draf_dist.schema.batch import SegmentationTarget, Term
+from draf_dist.schema.label import IGNORED
 
 
 def of_probability(*second: float) -> Tensor:
@@ -115,3 +116,23 @@ def test_gradients_match_finite_differences_in_three_dimensions() -> None:
     mask = torch.randint(0, 3, (2, 2, 2, 2), generator=generator)
     assert torch.autograd.gradcheck(lambda x: dice(x, mask)[0], logits)
     assert torch.autograd.gradcheck(lambda x: voxel_cross_entropy(x, mask), logits)
+
+
+def test_voxels_of_which_nobody_says_what_they_are_count_in_no_term() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 3, 2, 4, generator=generator).requires_grad_()
+    mask = torch.randint(0, 3, (3, 2, 4), generator=generator)
+    mask[0, 1], mask[2] = IGNORED, IGNORED
+    observed = torch.ones(3, dtype=torch.bool)
+    found = segmentation_terms(logits, SegmentationTarget(mask, observed), torch.ones(3))
+    (gradient,) = torch.autograd.grad(sum(term.numerator for term in found.values()), logits)
+    assert (gradient[:, 0, :, 1] == 0).all()
+    assert (gradient[:, 2] == 0).all()
+    assert (gradient[:, 0, :, 0] != 0).all()
+    # The first study is what it would be without its second line; of the third there is nothing.
+    without = segmentation_terms(logits[:, :1, :, :1], SegmentationTarget(mask[:1, :1], observed[:1]), torch.ones(1))
+    second = segmentation_terms(logits[:, 1:2], SegmentationTarget(mask[1:2], observed[:1]), torch.ones(1))
+    for name, term in found.items():
+        expected = without[name].numerator + second[name].numerator
+        torch.testing.assert_close(term.numerator, expected)
+        assert term.weight.item() == 2

@@ -146,7 +146,7 @@ def test_a_running_mean_of_uncertainties_is_refused_with_accumulation(job: Finet
 
 
 def test_a_smaller_share_of_labels_is_part_of_a_larger_one(job: FinetuneJob) -> None:
-    from draf_dist.training.label_counts import has_label
+    from draf_dist.training.label_fraction import has_label
 
     uid = torch.arange(4000)
     kept = {share: has_label(job.model_copy(update={"label_fraction": share}), uid) for share in (0.1, 0.25, 1.0)}

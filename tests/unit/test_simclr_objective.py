@@ -178,5 +178,5 @@ def test_both_terms_fall_when_trained() -> None:
 @pytest.mark.parametrize("modality", ["vitals", "ct"])
 def test_a_modality_that_is_no_image_is_refused(modality: str) -> None:
     batch = batch_of()
-    with pytest.raises(SpecError, match="one of kind image in the release"):
+    with pytest.raises(SpecError, match="one of kind image or volume in the release"):
         SimclrConfig(modality=modality).build(seed=0)(small_net(), batch, pass_keys(batch, 1))

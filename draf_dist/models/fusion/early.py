@@ -18,7 +18,8 @@ from draf_dist.models.absent import clear_absent
 from draf_dist.models.layers import PresenceBits
 from draf_dist.models.mc import MCDropout, name_streams
 from draf_dist.models.reliability import equal_weights
-from draf_dist.schema.batch import Batch, FusionOutput, ModalityInput
+from draf_dist.schema.batch import Batch, FusionOutput, ModalityInput, SeriesInput
+from draf_dist.schema.categories import as_numbers, num_numbers
 from draf_dist.schema.modality import DataSchema, ImageSpec, ModalitySpec, SeriesSpec, VolumeSpec
 
 
@@ -90,6 +91,8 @@ class EarlyFusion(nn.Module):
             pool = functional.adaptive_avg_pool3d if len(sides) == 3 else functional.adaptive_avg_pool2d
             pooled: Tensor = pool(value, sides)  # type: ignore[arg-type]
             return pooled.flatten(1)
+        value = as_numbers(spec, value)
+        assert isinstance(value, SeriesInput)
         if not self.config.observed_bits:
             return value.values.flatten(1)
         return torch.cat([value.values, value.observed.to(value.values.dtype)], dim=-1).flatten(1)
@@ -102,4 +105,4 @@ def shape_of(spec: ModalitySpec, config: EarlyConfig) -> tuple[int, ...]:
     if isinstance(spec, VolumeSpec):
         return (spec.channels, *(min(side, config.volume_side) for side in spec.delivered))
     steps = spec.num_steps if isinstance(spec, SeriesSpec) else 1
-    return (steps, len(spec.variables) * (2 if config.observed_bits else 1))
+    return (steps, num_numbers(spec) * (2 if config.observed_bits else 1))
