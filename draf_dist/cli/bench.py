@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from draf_dist.launch.profile import RayProfile
 
 
+# Of the table's columns; those of all tasks.
+SHOWN = ("system", "AUROC", "C-index", "NLL", "ECE (floor)", "ECE", "Integrated Brier")
 EXECUTORS = ("serial", "processes", "ray")
 ExecutorOption = Annotated[
     str,
@@ -35,6 +37,7 @@ def bench(
     job: Annotated[Path, typer.Argument(help="The benchmark (YAML).")],
     raw: Annotated[Path, typer.Option(help="Folder of the raw export that the benchmark's card describes.")],
     out: Annotated[str | None, typer.Option(help="URL of the folder; runs/<name>-<hash> if not given.")] = None,
+    truth: Annotated[Path | None, typer.Option(help="Folder `truth` of `draf synth`: also report regret.")] = None,
     executor: ExecutorOption = "processes",
     overrides: SetOption = None,
     dry_run: DryRunOption = False,
@@ -47,6 +50,7 @@ def bench(
     from draf_dist.evaluation.bench import REPORT, default_folder, prepare_bench, run_bench
     from draf_dist.evaluation.bench_job import load_bench_job
     from draf_dist.sources.card import load_card
+    from draf_dist.sources.synth.truth import posterior_by_uid
 
     spec = load_bench_job(job, overrides or ())
     if not raw.is_dir():
@@ -57,11 +61,11 @@ def bench(
     if dry_run:
         _describe(spec, folder, json=json)
         return
-    chosen = choose_executor(executor, folder)
+    chosen, planted = choose_executor(executor, folder), None if truth is None else posterior_by_uid(truth, key)
     lines = _Lines()
     with termination_as_interrupt():
         prepared = prepare_bench(spec, raw, folder, key, lines)
-        found = run_bench(prepared, chosen, lines)
+        found = run_bench(prepared, chosen, lines, planted)
     if json:
         print_json(found.model_dump(mode="json"))
         return
@@ -71,17 +75,18 @@ def bench(
 
 def print_bench(bench: "Bench") -> None:
     """The table and the differences to the reference."""
-    from draf_dist.evaluation.bench_report import COLUMNS, DIFFERENCES, cells_of, difference_cells_of
+    from draf_dist.evaluation.bench_report import cells_of, columns_of, difference_cells_of, differing_columns_of
 
     # As many columns as a terminal of 80 shows without breaking names; the report has all.
-    shown = [COLUMNS.index(name) for name in ("system", "AUROC", "NLL", "ECE (floor)")]
-    differing_shown = [DIFFERENCES.index(name) for name in ("system", "AUROC", "NLL")]
     about = bench.about
+    columns, differences = columns_of(about.task), differing_columns_of(about.task)
+    shown = [number for number, name in enumerate(columns) if name in SHOWN]
+    differing_shown = [number for number, name in enumerate(differences) if name in SHOWN[:4]]
     title = f"{about.name}: {about.num_studies} studies out of fold, with 95 % intervals over subjects"
-    console.print(_some(title, COLUMNS, [cells_of(row) for row in bench.rows], shown))
-    differing = [difference_cells_of(row) for row in bench.rows if row.differences]
+    console.print(_some(title, columns, [cells_of(row, about.task) for row in bench.rows], shown))
+    differing = [difference_cells_of(row, about.task) for row in bench.rows if row.differences]
     if differing:
-        console.print(_some(f"difference to {about.reference}, paired", DIFFERENCES, differing, differing_shown))
+        console.print(_some(f"difference to {about.reference}, paired", differences, differing, differing_shown))
 
 
 def _some(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], shown: list[int]) -> "Table":
@@ -91,11 +96,13 @@ def _some(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], sho
 def _describe(spec: "BenchJob", folder: str, *, json: bool) -> None:
     cells = spec.folds * (len(spec.systems) * len(spec.seeds) + len(spec.baselines))
     if json:
-        print_json({"folder": folder, "rows": list(spec.names), "folds": spec.folds, "seeds": list(spec.seeds), "cells": cells})
+        about = {"folder": folder, "rows": list(spec.names), "folds": spec.folds, "seeds": list(spec.seeds), "cells": cells}
+        print_json({**about, "conditions": list(spec.conditions)})
         return
     seeds = f"{len(spec.seeds)} seed{'s' * (len(spec.seeds) > 1)}"
     what = f"{', '.join(spec.names)} on {spec.folds} folds with {seeds}: {cells} cells"
-    console.print(f"Would run {what} into {folder}.", soft_wrap=True, highlight=False)
+    conditions = f", each also under {', '.join(spec.conditions)}," if spec.conditions else ""
+    console.print(f"Would run {what}{conditions} into {folder}.", soft_wrap=True, highlight=False)
 
 
 class _Lines:

@@ -11,11 +11,16 @@ from draf_dist.cli.prepare import termination_as_interrupt
 from draf_dist.cli.subject_key import subject_key
 
 if TYPE_CHECKING:
+    from draf_dist.evaluation.masks import MaskEvaluation
     from draf_dist.evaluation.results import Evaluation, SplitResult
     from draf_dist.evaluation.spread import Workers
     from draf_dist.evaluation.statistics import Estimate
 
-SHOWN = ("auroc", "auprc", "nll", "ece", "brier", "aurc", "accuracy")
+SHOWN = {
+    "class": ("auroc", "auprc", "nll", "ece", "brier", "aurc", "accuracy"),
+    "multilabel": ("auroc", "auprc", "nll", "ece", "brier", "aurc"),
+    "survival": ("c_index", "c_index_ipcw", "nll", "ibs"),
+}
 
 
 def evaluate(
@@ -35,6 +40,7 @@ def evaluate(
     from draf_dist.evaluation.evaluate import REPORT, results_folder
     from draf_dist.evaluation.evaluate import evaluate as evaluate_run
     from draf_dist.evaluation.job import EvaluateJob
+    from draf_dist.evaluation.masks import evaluate_masks
     from draf_dist.sources.synth.truth import posterior_by_uid
 
     tree = {} if job is None else read_yaml(job)
@@ -42,6 +48,9 @@ def evaluate(
     spec = validate_spec(tree, EvaluateJob, where="--set" if job is None else str(job))
     planted = None if truth is None else posterior_by_uid(truth, subject_key(public=True))
     workers = workers_of(profile, run)
+    if (masks := evaluate_masks(run, spec, workers.place.device, release_url=release)) is not None:
+        print_json(masks.model_dump(mode="json")) if json else print_masks(masks)
+        return
     with termination_as_interrupt(), progress() as bar:
         task = bar.add_task("evaluating", total=None)
         found = evaluate_run(
@@ -83,13 +92,25 @@ def workers_of(path: Path | None, run: str) -> "Workers":
 def print_evaluation(evaluation: "Evaluation") -> None:
     """The headline table, temperature-scaled, and the warnings."""
     columns = ("temperature-scaled", *(f"{split.split} ({split.num_studies} studies)" for split in evaluation.splits))
-    rows = [(name.upper().replace("_", " "), *(_metric(split, name) for split in evaluation.splits)) for name in SHOWN]
+    shown = SHOWN[evaluation.about.task]
+    rows = [(name.upper().replace("_", " "), *(_metric(split, name) for split in evaluation.splits)) for name in shown]
     if any(split.regret is not None for split in evaluation.splits):
         regrets = ("-" if split.regret is None else _cell(split.regret.observed) for split in evaluation.splits)
         rows.append(("regret, nats", *regrets))
     console.print(table("metrics, with 95 % intervals over subjects", columns, rows))
     for warning in evaluation.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+
+
+def print_masks(evaluation: "MaskEvaluation") -> None:
+    """Dice by structure and how well uncertainties find errors, means over studies."""
+    columns = ("means over studies", *(f"{split.split} ({split.num_studies} studies)" for split in evaluation.splits))
+    rows = [("NLL", *(_cell(split.nll) for split in evaluation.splits))]
+    for name in evaluation.splits[0].dice:
+        rows.append((f"Dice, {name}", *(_cell(split.dice[name]) for split in evaluation.splits)))
+    for name in evaluation.splits[0].error_auroc:
+        rows.append((f"AUROC of errors by {name}", *(_cell(split.error_auroc[name]) for split in evaluation.splits)))
+    console.print(table("masks of whole volumes, with 95 % intervals over subjects", columns, rows))
 
 
 def _metric(split: "SplitResult", name: str) -> str:

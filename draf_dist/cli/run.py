@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from draf_dist.cli.output import JsonOption, console, print_json, table
 from draf_dist.errors import SpecError, explain
@@ -40,6 +41,7 @@ def show(run: RunArgument, json: JsonOption = False) -> None:
         ("steps", summary.steps),
         ("source epochs", f"{len(summary.samples)}, {complete}"),
         ("receipts", planned),
+        *([] if summary.labelled is None else [("labels used", f"those of {summary.labelled} training studies")]),
         ("checkpoints at", ", ".join(map(str, summary.checkpoints)) or "-"),
         *_waiting_rows(summary.goodput),
         *_data_rows(summary.data, ""),
@@ -55,6 +57,8 @@ def show(run: RunArgument, json: JsonOption = False) -> None:
         (e["epoch"], e["step"], f"{e[summary.score]:.4f}", "best" if e["step"] == summary.best_step else "") for e in summary.epochs
     ]
     console.print(table("validation", ("epoch", "step", summary.score, ""), epochs))
+    for warning in summary.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
 
 
 def _waiting_rows(found: "Goodput") -> list[tuple[str, str]]:

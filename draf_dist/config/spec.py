@@ -108,7 +108,8 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
                 raise SpecError(
                     explain(f"--set {dotted}", expected=f"{parent} to be a mapping", found=found, remedy="Set it as a whole.")
                 )
-            node = child
+            # A copy: where the file uses an anchor in two places, the other one stays as it is.
+            node[parent] = node = dict(child)
         node[last] = _override_value(dotted, text)
 
 

@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
+from pydantic import Field
 
 from draf_dist.continual.policy import GatePolicy
+from draf_dist.evaluation.follow_up import FollowUp
 from draf_dist.evaluation.predictions import Predictions
-from draf_dist.evaluation.scores import Scored, short_scores
+from draf_dist.evaluation.scoring import TASKS, AnyScores, scores_of, task_of
 from draf_dist.evaluation.statistics import Estimate, Floats, Resamples, Rows, estimate
-from draf_dist.metrics.calibration import pointwise_negative_log_likelihood
-from draf_dist.metrics.classification import auroc_of_resamples, predicted_class
+from draf_dist.evaluation.task_scores import TaskName
 from draf_dist.schema.record import Record
 
+NO_AUROC = Estimate(value=None, reason="times have no AUROC")
 # Replicates held in memory at once.
 _CHUNK = 256
 # Standard errors below these are rounding: of a slice in nats, of a resample as a share of the slice's.
@@ -29,7 +31,8 @@ class Slice(Record):
     differ from the others that the holdout does not bound the harm. sd: of what one subject adds
     to harm: sd / sqrt(subjects) is the standard error of harm. is_new: the champion was not trained on the site. champion,
     challenger: metrics by name, null where not defined. auroc_difference: challenger - champion, with its two-sided 95 %
-    interval. negative_flips: share of studies that the champion gets right and the challenger wrong; positive_flips: the reverse.
+    interval; c_index_difference: the same, of times. negative_flips: share of studies that the champion gets right and the
+    challenger wrong; positive_flips: the reverse; null of times, which are neither.
     """
 
     site: str | None
@@ -47,6 +50,7 @@ class Slice(Record):
     auroc_difference: Estimate = Estimate(value=None, reason="no studies")
     negative_flips: float | None = None
     positive_flips: float | None = None
+    c_index_difference: Estimate | None = Field(None, exclude_if=lambda found: found is None)
 
 
 class Comparison(Record):
@@ -60,6 +64,7 @@ class Comparison(Record):
     num_improvements: int
     overall: Slice
     sites: tuple[Slice, ...]
+    task: TaskName = Field("class", exclude_if=lambda task: task == "class")
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -71,16 +76,15 @@ class Comparison(Record):
 class _Pair:
     """Both models on n labelled studies. subject, site: (n,)."""
 
-    champion: Scored
-    challenger: Scored
+    champion: AnyScores
+    challenger: AnyScores
     subject: Rows
     site: np.ndarray[tuple[int], np.dtype[np.str_]]
 
     @property
     def harm(self) -> Floats:
         """NLL of the challenger less that of the champion, by study, (n,)."""
-        after, before = (pointwise_negative_log_likelihood(s.probability, s.label) for s in (self.challenger, self.champion))
-        return after - before
+        return self.challenger.pointwise_nll() - self.champion.pointwise_nll()
 
     def rows(self, index: Rows) -> "_Pair":
         """Some of the studies."""
@@ -95,6 +99,7 @@ def compare(
     *,
     champion_sites: Collection[str] | None = None,
     trained_sites: Collection[str] = (),
+    follow_up: FollowUp | None = None,
 ) -> Comparison:
     """Paired differences on the labelled studies, bootstrapped over subjects with the same resamples on both sides.
 
@@ -109,24 +114,26 @@ def compare(
         policy: levels, replicates, margins.
         champion_sites: sites that the champion was trained on, None for all.
         trained_sites: sites that are listed even where the holdout has no study of them.
+        follow_up: of the champion's training subjects, where times are predicted: the scores reported of both are corrected by it.
 
     Raises:
         ValueError: the two sides are not of the same studies.
     """
-    pair, num_unlabelled = _paired(champion, challenger, subjects)
+    pair, num_unlabelled = _paired(champion, challenger, subjects, follow_up)
     names = sorted(set(pair.site.tolist()) | set(trained_sites))
     rows = {name: np.flatnonzero(pair.site == name) for name in names}
     parts = {name: pair.rows(index) for name, index in rows.items()}
     enough = [name for name, part in parts.items() if len(np.unique(part.subject)) >= policy.min_subjects]
     new = {name for name in names if champion_sites is not None and name not in champion_sites}
     num_tests, num_improvements = 1 + len(enough), 1 + len(new.intersection(enough))
-    levels = _Levels(policy, num_tests, num_improvements)
+    levels, task = _Levels(policy, num_tests, num_improvements), task_of(champion)
     return Comparison(
         num_unlabelled=num_unlabelled,
         num_tests=num_tests,
         num_improvements=num_improvements,
-        overall=_slice(pair, levels, site=None, is_new=False),
-        sites=tuple(_slice(part, levels, site=name, is_new=name in new) for name, part in parts.items()),
+        overall=_slice(pair, levels, task, site=None, is_new=False),
+        sites=tuple(_slice(part, levels, task, site=name, is_new=name in new) for name, part in parts.items()),
+        task=task,
     )
 
 
@@ -181,22 +188,20 @@ class _BySubject:
         return np.divide(mean, error, out=np.copysign(np.inf, mean), where=has_spread)
 
 
-def _paired(champion: Predictions, challenger: Predictions, subjects: Mapping[int, int]) -> tuple[_Pair, int]:
+def _paired(
+    champion: Predictions, challenger: Predictions, subjects: Mapping[int, int], follow_up: FollowUp | None
+) -> tuple[_Pair, int]:
     """Both sides in the order of uids, so that the order of shards plays no part; and how many studies have no label."""
     before, after = (side.rows(np.argsort(side.uid, kind="stable")) for side in (champion, challenger))
     if not (np.array_equal(before.uid, after.uid) and np.array_equal(before.target, after.target)):
         raise ValueError("a paired comparison needs the same studies with the same labels on both sides")
     known_before, known_after = before.labelled(), after.labelled()
     subject = np.array([subjects[int(uid)] for uid in known_before.uid], dtype=np.int64)
-    pair = _Pair(_scored(known_before), _scored(known_after), subject, known_before.site)
+    pair = _Pair(scores_of(known_before, follow_up), scores_of(known_after, follow_up), subject, known_before.site)
     return pair, before.num_studies - known_before.num_studies
 
 
-def _scored(predictions: Predictions) -> Scored:
-    return Scored(predictions.probability.astype(np.float64), predictions.target, predictions.epistemic.astype(np.float64))
-
-
-def _slice(pair: _Pair, levels: _Levels, *, site: str | None, is_new: bool) -> Slice:
+def _slice(pair: _Pair, levels: _Levels, task: TaskName, *, site: str | None, is_new: bool) -> Slice:
     policy, harm = levels.policy, pair.harm
     resamples = Resamples(pair.subject, replicates=policy.replicates, seed=policy.seed)
     about = Slice(
@@ -208,36 +213,43 @@ def _slice(pair: _Pair, levels: _Levels, *, site: str | None, is_new: bool) -> S
     )
     if not len(harm):
         return about
-    right_before, right_after = (predicted_class(s.probability) == s.label for s in (pair.champion, pair.challenger))
     found = {
         "harm": float(harm.mean()),
         "champion": _metrics(pair.champion),
         "challenger": _metrics(pair.challenger),
-        "negative_flips": float(np.mean(right_before & ~right_after)),
-        "positive_flips": float(np.mean(~right_before & right_after)),
+        **_flips(pair),
     }
     if resamples.num_subjects >= 2:
         by_subject = _BySubject(harm, pair.subject)
         error = float(by_subject.excess_harm(np.ones((1, resamples.num_subjects)))[1][0])
-        studentised, auroc = _replicates(pair, by_subject, error, resamples)
-        value = short_scores(pair.challenger)["auroc"] - short_scores(pair.champion)["auroc"]
+        studentised, replicates = _replicates(pair, by_subject, error, resamples)
+        primary = TASKS[task].primary
+        value = pair.challenger.short()[primary] - pair.champion.short()[primary]
         sd = error * resamples.num_subjects / np.sqrt(resamples.num_subjects - 1)
-        found |= {**levels.bounds(float(harm.mean()), error, studentised), "sd": sd, "auroc_difference": estimate(value, auroc)}
+        found |= {**levels.bounds(float(harm.mean()), error, studentised), "sd": sd}
+        found |= {"auroc_difference": NO_AUROC, f"{primary}_difference": estimate(value, replicates)}
     return about.model_copy(update=found)
 
 
-def _metrics(scored: Scored) -> dict[str, float | None]:
-    return {name: Estimate.of(value).value for name, value in short_scores(scored).items()}
+def _metrics(scored: AnyScores) -> dict[str, float | None]:
+    return {name: Estimate.of(value).value for name, value in scored.short().items()}
+
+
+def _flips(pair: _Pair) -> dict[str, float]:
+    """Both kinds; none where a prediction is neither right nor wrong."""
+    before, after = pair.champion.right(), pair.challenger.right()
+    if before is None or after is None:
+        return {}
+    return {"negative_flips": float(np.mean(before & ~after)), "positive_flips": float(np.mean(~before & after))}
 
 
 def _replicates(pair: _Pair, by_subject: _BySubject, standard_error: float, resamples: Resamples) -> tuple[Floats, Floats]:
-    """Studentised harm and difference of AUROC in every resample, (R,) each."""
+    """Studentised harm and difference of the primary metric in every resample, (R,) each."""
     studentised, differences = [], []
     for counts in _counts(resamples):
         # All studies of a subject are drawn together.
         studentised.append(by_subject.studentised(counts[:, by_subject.first_row], standard_error))
-        after, before = (auroc_of_resamples(s.probability, s.label, counts) for s in (pair.challenger, pair.champion))
-        differences.append(after - before)
+        differences.append(pair.challenger.primary_of_resamples(counts) - pair.champion.primary_of_resamples(counts))
     return np.concatenate(studentised), np.concatenate(differences)
 
 

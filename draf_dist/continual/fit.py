@@ -6,6 +6,8 @@ from draf_dist.errors import SpecError, explain, together
 from draf_dist.schema.modality import DataSchema, ModalitySpec, SeriesSpec, TableSpec
 from draf_dist.sources.base import Source
 
+SHOWN_NAMES = 20
+
 
 def joined_schema(release: DataSchema, card: DataSchema, where: str) -> DataSchema:
     """The release's schema with the card's new sites at the end: indices of old sites stay.
@@ -64,15 +66,21 @@ def _modality_differences(had: ModalitySpec, has: ModalitySpec) -> Iterator[tupl
 def _variable_differences(had: SeriesSpec | TableSpec, has: SeriesSpec | TableSpec) -> Iterator[tuple[str, str]]:
     names, other = [v.name for v in had.variables], [v.name for v in has.variables]
     if names != other:
-        lost, more = [n for n in names if n not in other], [n for n in other if n not in names]
-        parts = [f"without {', '.join(lost)}"] * bool(lost) + [f"with {', '.join(more)}"] * bool(more)
-        yield f"modality {had.name}: variables {', '.join(names)}", " and ".join(parts) or "them in another order"
+        here, there = set(names), set(other)
+        lost, more = [n for n in names if n not in there], [n for n in other if n not in here]
+        parts = [f"without {_shown(lost)}"] * bool(lost) + [f"with {_shown(more)}"] * bool(more)
+        yield f"modality {had.name}: variables {_shown(names)}", " and ".join(parts) or "them in another order"
         return
     for one, two in zip(had.variables, has.variables, strict=True):
         mine, theirs = one.model_dump(), two.model_dump()
-        for field, value in mine.items():
-            if theirs[field] != value:
-                yield f"modality {had.name}, variable {one.name}: {field} {value!r}", repr(theirs[field])
+        for field in dict.fromkeys((*mine, *theirs)):
+            if mine.get(field) != theirs.get(field):
+                yield f"modality {had.name}, variable {one.name}: {field} {mine.get(field)!r}", repr(theirs.get(field))
+
+
+def _shown(names: Sequence[str]) -> str:
+    """Names for a message; of thousands the first."""
+    return ", ".join(names[:SHOWN_NAMES]) + (f", ... ({len(names)} in all)" if len(names) > SHOWN_NAMES else "")
 
 
 def _label(schema: DataSchema) -> str:

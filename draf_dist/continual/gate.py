@@ -7,11 +7,13 @@ import pyarrow.compute as pc
 
 from draf_dist.continual.comparison import compare
 from draf_dist.continual.policy import GatePolicy
-from draf_dist.continual.serve import Noise, Progress, predict_split, scaled, temperature_of
+from draf_dist.continual.serve import Noise, Progress, predict_split, temperature_of
 from draf_dist.continual.verdict import Lineage, Side, Verdict, judge
 from draf_dist.data.release import Release, open_release, split_version
 from draf_dist.errors import GateError, SpecError, explain, together
+from draf_dist.evaluation.follow_up import follow_up_of
 from draf_dist.evaluation.predictions import Predictions
+from draf_dist.evaluation.scoring import scaled, task_asked
 from draf_dist.evaluation.subject import Subject, open_subject
 from draf_dist.schema.release import Split
 from draf_dist.training.job import PINNED, FinetuneJob
@@ -40,7 +42,8 @@ def run_gate(
     champion's release may have fewer sites than the holdout. The same arguments give the same verdict, byte for byte.
 
     Raises:
-        SpecError: no such run or release, the holdout names no version, or it has no study in the split.
+        SpecError: no such run or release, the holdout names no version, or it has no study in the split; the label is a mask; a
+            model that was trained to rank alone, whose NLL says nothing.
         GateError: a holdout subject was trained or validated on, or nobody can tell because subjects were hashed with another key.
         DataError: modalities or label of a model and the holdout differ; damaged files.
     """
@@ -49,6 +52,9 @@ def run_gate(
         raise SpecError(explain(holdout_url, expected="a frozen holdout, URL@version", found="no version", remedy=remedy))
     holdout = open_release(holdout_url)
     sides = {"champion": open_subject(champion_url, holdout_url), "challenger": open_subject(challenger_url, holdout_url)}
+    task_asked(holdout.schema.label, where="draf models gate")
+    for name, side in sides.items():
+        _check_has_probabilities(name, side)
     on_progress("leakage", 0, 3)
     check_never_trained_on({name: side.run for name, side in sides.items()}, holdout, policy.split)
     contenders = {}
@@ -63,6 +69,7 @@ def run_gate(
         policy,
         champion_sites=_sites_trained_on(champion.subject.trained_on),
         trained_sites=_sites_trained_on(challenger.subject.trained_on) | _sites_trained_on(champion.subject.trained_on),
+        follow_up=follow_up_of(champion.subject.trained_on),
     )
     lineage = Lineage(champion=_side(champion), challenger=_side(challenger), holdout=holdout.pinned_url, split=policy.split)
     return judge(comparison, policy).model_copy(update={"lineage": lineage})
@@ -82,6 +89,16 @@ def check_never_trained_on(runs: dict[str, RunFolder], holdout: Release, split: 
                 problems.append(problem)
     if problems:
         raise GateError(together(problems))
+
+
+def _check_has_probabilities(name: str, subject: Subject) -> None:
+    if subject.only_ranks:
+        remedy = "Train with lambda_nll above 0, and compare such models by C-index with draf bench."
+        expected, found = (
+            "a model whose probabilities can be held against outcomes",
+            "one trained by Cox's likelihood alone, which ranks",
+        )
+        raise SpecError(explain(f"{name}: {subject.run.url}", expected=expected, found=found, remedy=remedy))
 
 
 def _leak(name: str, trained_on: Release, holdout: Release, held: Set[str]) -> str:

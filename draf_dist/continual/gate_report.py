@@ -9,12 +9,20 @@ from draf_dist.continual.verdict import Finding, Verdict, counted, name_of
 from draf_dist.evaluation.page import fill
 from draf_dist.evaluation.plots import even_ticks
 from draf_dist.evaluation.report import interval, number, signed
+from draf_dist.evaluation.scoring import TASKS
+from draf_dist.evaluation.task_scores import TaskName
 from draf_dist.storage import Store
 
 TEMPLATE = "gate.html.j2"
 VERDICT, REPORT = "verdict.json", "gate.html"
 HEADLINES = {"promote": "Promote", "refuse": "Refuse", "cannot_tell": "Cannot tell"}
 COLOURS = {"harmed": "#b42318", "non_inferior": "#067647", "open": "#6b7280"}
+# Beside NLL and the primary metric.
+REPORTED: dict[TaskName, tuple[str, ...]] = {
+    "class": ("ece", "brier", "accuracy"),
+    "multilabel": ("ece", "brier", "auprc"),
+    "survival": ("c_index_ipcw", "ibs"),
+}
 STATES = {"harmed": "harmed", "non_inferior": "no worse", "open": "open"}
 # Forest plot, in pixels.
 LEFT, WIDTH, ROW, TOP, BOTTOM = 240, 620, 26, 8, 44
@@ -58,6 +66,8 @@ def render(verdict: Verdict) -> str:
         TEMPLATE,
         filters,
         v=verdict,
+        task=TASKS[verdict.comparison.task],
+        reported=REPORTED[verdict.comparison.task],
         headline=HEADLINES[verdict.decision],
         rows=rows,
         states=STATES,

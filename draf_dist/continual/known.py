@@ -37,8 +37,8 @@ class Known:
 def compare(release: Release, spool: Spool, rows: Sequence[Row]) -> Known:
     """Holds the rows of a delivery against a release.
 
-    Content is compared decoded (pixels, values, label, quality), so another version of an encoder makes no study another one.
-    Images of new studies are compared as they are stored, byte by byte, with all of the release.
+    Content is compared decoded (pixels, values, label, mask, quality), so another version of an encoder makes no study another
+    one. Images of new studies are compared as they are stored, byte by byte, with all of the release.
 
     Raises:
         DataError: an image of a new study that the release holds for another subject; or a broken release.
@@ -110,7 +110,7 @@ def _keys(index: ShardIndex, column: int) -> IntArray:
 def _members(release: Release, shard: ShardRecord, index: ShardIndex, i: int) -> Members:
     """The files of one stored sample, by what follows the uid in their names."""
     uid = int(index.uids[i])
-    found = {extension(spec): index.member(i, spec.name) for spec in release.schema.modalities}
+    found = {extension(spec): index.member(i, spec.name) for spec in release.schema.stored}
     return {
         suffix: _read(release, shard, uid, member)
         for suffix, member in {**found, META: index.meta(i)}.items()
@@ -136,7 +136,7 @@ def _same_content(schema: DataSchema, stored: Members, delivered: Members) -> bo
         mine, theirs = decode_study(stored[META]), decode_study(delivered[META])
         if (mine.label, mine.quality) != (theirs.label, theirs.quality):
             return False
-        for spec in schema.modalities:
+        for spec in schema.stored:
             if extension(spec) not in stored:
                 continue
             if isinstance(spec, VolumeSpec):

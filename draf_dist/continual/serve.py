@@ -1,9 +1,7 @@
 """Predictions of a registered model, the same for ever: files checked against the registry, one noise, one temperature."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass
 
 from draf_dist.continual.version import ModelVersion
 from draf_dist.data.bad_data import STRICT, BadData
@@ -13,8 +11,10 @@ from draf_dist.data.release import Release, open_release
 from draf_dist.errors import GateError, SpecError, explain
 from draf_dist.evaluation.predict import Predictor, check_coverage
 from draf_dist.evaluation.predictions import Predictions
+from draf_dist.evaluation.scoring import scaled, task_asked
+from draf_dist.evaluation.scoring import temperature_of as temperature_of_validation
 from draf_dist.evaluation.subject import Subject, read_exported
-from draf_dist.metrics.temperature import Temperature, fit_temperature, scale
+from draf_dist.metrics.temperature import Temperature
 from draf_dist.models.exchange import digest
 from draf_dist.models.export import DESCRIPTION, ExportedModel
 from draf_dist.schema.release import Split
@@ -92,9 +92,10 @@ def predict_split(exported: ExportedModel, release: Release, split: Split, noise
     """Unscaled predictions of every study of a split, each once, but for what `bad_data` lets be left out.
 
     Raises:
-        SpecError: the split holds no study.
+        SpecError: the split holds no study; the label is a mask.
         DataError: the studies read are not those of the release.
     """
+    task_asked(release.schema.label, where=release.pinned_url)
     receipt = release.manifest.receipts.get(split)
     if receipt is None or receipt.count == 0:
         remedy = "Name another split or release."
@@ -109,11 +110,4 @@ def predict_split(exported: ExportedModel, release: Release, split: Split, noise
 
 def temperature_of(subject: Subject, noise: Noise = SERVED) -> Temperature:
     """The temperature fitted on the validation split of the release that a run was trained on, without what the run left out."""
-    known = predict_split(subject.exported, subject.trained_on, "val", noise, subject.job.bad_data).labelled()
-    return fit_temperature(known.probability.astype(np.float64), known.target)
-
-
-def scaled(predictions: Predictions, temperature: float) -> Predictions:
-    """The predictions with their probabilities at a temperature."""
-    probability = scale(predictions.probability.astype(np.float64), temperature).astype(np.float32)
-    return replace(predictions, probability=probability)
+    return temperature_of_validation(predict_split(subject.exported, subject.trained_on, "val", noise, subject.job.bad_data))

@@ -4,11 +4,12 @@ They read a release through the same loader and normaliser. A series becomes fiv
 observed value, and how many steps were observed.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from sklearn.compose import ColumnTransformer
@@ -19,13 +20,17 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from draf_dist.config.spec import Spec
+from draf_dist.data.corruption import Corruptor, TrainingCorruption
 from draf_dist.data.loader import evaluation_batches
 from draf_dist.data.normalise import Normaliser
 from draf_dist.data.release import Release
 from draf_dist.errors import DataError, SpecError, explain
+from draf_dist.evaluation.cox_regression import CoxRegressionConfig
 from draf_dist.evaluation.predictions import Applied, Predictions
 from draf_dist.metrics.calibration import negative_log_likelihood
 from draf_dist.schema.batch import Batch, SeriesInput
+from draf_dist.schema.categories import batch_as_numbers
+from draf_dist.schema.modality import DataSchema
 from draf_dist.schema.release import Split
 
 Floats = NDArray[np.float64]
@@ -37,11 +42,25 @@ SUMMARIES = ("last", "mean", "min", "max", "count")
 Classifier = Any
 
 
+class Corrupted(Spec):
+    """The training studies as networks meet them: `copies` times, each anew under the law of their job (as so many epochs)."""
+
+    law: TrainingCorruption
+    copies: int = Field(4, ge=1)
+
+
 class LogisticRegressionConfig(Spec):
     """Medians where not observed and a bit that says so, standardised; of the penalties that with the least validation NLL."""
 
     kind: Literal["logistic_regression"] = "logistic_regression"
     inverse_penalties: tuple[float, ...] = Field((1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0), min_length=1)
+    # Left out of the stored form where it is not set: cells from before there was such a thing keep their names.
+    corrupted: Corrupted | None = Field(None, exclude_if=lambda corrupted: corrupted is None)
+
+    @property
+    def name(self) -> str:
+        """The row of a table."""
+        return self.kind
 
     def fit(self, train: "Examples", val: "Examples") -> Classifier:
         """The model with the penalty that validation chooses; it learns from training alone."""
@@ -65,6 +84,12 @@ class GradientBoostingConfig(Spec):
     max_leaf_nodes: int = Field(15, ge=2)
     min_samples_leaf: int = Field(20, ge=1)
     l2_regularization: float = Field(1.0, ge=0)
+    corrupted: Corrupted | None = Field(None, exclude_if=lambda corrupted: corrupted is None)
+
+    @property
+    def name(self) -> str:
+        """The row of a table."""
+        return self.kind
 
     def fit(self, train: "Examples", val: "Examples") -> Classifier:
         """The model cut after the number of trees that validation chooses; it learns from training alone."""
@@ -88,7 +113,8 @@ class GradientBoostingConfig(Spec):
         )
 
 
-BaselineConfig = Annotated[LogisticRegressionConfig | GradientBoostingConfig, Field(discriminator="kind")]
+ClassBaseline = LogisticRegressionConfig | GradientBoostingConfig
+BaselineConfig = Annotated[ClassBaseline | CoxRegressionConfig, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -107,20 +133,37 @@ class Examples:
         return Examples(self.features[known], self.label[known], self.uid[known], self.site[known], self.present[known])
 
 
-def read_examples(release: Release, split: Split, batch_size: int) -> Examples:
-    """A split of a release, normalised by its training statistics.
+def read_examples(release: Release, split: Split, batch_size: int, corrupted: Corrupted | None = None) -> Examples:
+    """A split of a release, normalised by its training statistics; corrupted: as training meets it, several times.
 
     Raises:
         SpecError: it has images.
         DataError: it holds no study, or files are damaged.
     """
     normaliser = Normaliser(release.schema, release.stats)
-    parts = [_examples(normaliser(batch), release.schema.sites) for batch in evaluation_batches(release, split, batch_size)]
-    if not parts:
+    clean = map(normaliser, evaluation_batches(release, split, batch_size))
+    batches = clean if corrupted is None else _met_in_training(clean, corrupted, normaliser)
+    parts = examples_of(batches, release.schema)
+    if len(parts.uid) == 0:
         raise DataError(explain(f"split {split}", expected="at least one study", found="none", remedy="Use fewer folds."))
-    return Examples(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("features", "label", "uid", "site", "present"))
-    )
+    return parts
+
+
+def examples_of(batches: Iterable[Batch], schema: DataSchema) -> Examples:
+    """Normalised batches as rows of numbers, end to end; of a code an indicator for every category."""
+    parts = [_examples(batch_as_numbers(schema, batch), schema.sites) for batch in batches]
+    if not parts:
+        nothing = np.zeros(0, dtype=np.int64)
+        return Examples(np.zeros((0, 0)), nothing, nothing, np.zeros(0, dtype=np.str_), np.zeros((0, 0), dtype=np.bool_))
+    names = ("features", "label", "uid", "site", "present")
+    return Examples(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def _met_in_training(batches: Iterable[Batch], corrupted: Corrupted, normaliser: Normaliser) -> Iterator[Batch]:
+    corruptor = Corruptor(corrupted.law, normaliser, seed=0)
+    for batch in batches:
+        for epoch in range(corrupted.copies):
+            yield corruptor.train(replace(batch, epoch=torch.full_like(batch.epoch, epoch)))
 
 
 def predict_baseline(model: Classifier, seen: NDArray[np.int64], examples: Examples, release: Release, split: str) -> Predictions:

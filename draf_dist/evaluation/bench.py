@@ -1,10 +1,11 @@
 """`draf bench`: systems x folds x seeds through an executor, then one table."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,21 +15,38 @@ from draf_dist.data.release import Release
 from draf_dist.errors import DrafError, SpecError, explain, together
 from draf_dist.evaluation import bench_folds as folds
 from draf_dist.evaluation.baselines import BaselineConfig
-from draf_dist.evaluation.bench_cell import Cell, CellResult, fold_predictions, is_finished, read_result, run_cell
+from draf_dist.evaluation.bench_cell import (
+    Cell,
+    CellResult,
+    condition_predictions,
+    fold_predictions,
+    is_finished,
+    read_result,
+    run_cell,
+)
+from draf_dist.evaluation.bench_disturbed import Comparison
 from draf_dist.evaluation.bench_folds import FoldPlan
-from draf_dist.evaluation.bench_job import BenchJob
+from draf_dist.evaluation.bench_job import UNCHANGED, BenchJob
 from draf_dist.evaluation.bench_report import markdown
-from draf_dist.evaluation.bench_results import Bench, BenchAbout, Row
+from draf_dist.evaluation.bench_results import Bench, BenchAbout, ConditionResult, Row
 from draf_dist.evaluation.bench_scores import (
     Pooled,
-    auroc_by_fold,
-    auroc_by_seed,
     differences_of,
     floor_of,
+    holm_of,
     metrics_of,
     pool,
+    primary_by_fold,
+    primary_by_seed,
     replicate,
 )
+from draf_dist.evaluation.cox_baseline import check_cox
+from draf_dist.evaluation.cox_regression import CoxRegressionConfig
+from draf_dist.evaluation.describe import CENSORED, EVENT
+from draf_dist.evaluation.follow_up import FollowUp, follow_ups_of
+from draf_dist.evaluation.predictions import ALL, Predictions, concatenate
+from draf_dist.evaluation.regret import PlantedTruth, posterior
+from draf_dist.evaluation.scoring import TASKS, task_asked
 from draf_dist.evaluation.statistics import Floats, Resamples, Rows
 from draf_dist.executor import Done, Executor, Failed
 from draf_dist.schema.modality import ImageSpec
@@ -40,6 +58,9 @@ from draf_dist.training.run import RUNS
 
 RESULT, REPORT, CELLS = "bench.json", "results.md", "cells"
 Finished = tuple[Cell, CellResult]
+Truth = Mapping[int, PlantedTruth]
+# What a cell predicted, by case.
+PartsOf = Callable[[Cell], list[Predictions]]
 
 
 class Progress(Protocol):
@@ -97,6 +118,8 @@ def prepare_bench(job: BenchJob, raw: Path, out: str, subject_key: bytes, progre
     folds.all_uids(releases)
     for release, fold in zip(releases, plan.folds, strict=True):
         folds.check_fold(release, fold)
+    for condition in job.conditions.values():
+        condition.cases(releases[0].schema)
     return Prepared(job, card, store, plan, tuple(releases), cells_of(job, releases, store.url))
 
 
@@ -104,11 +127,11 @@ def cells_of(job: BenchJob, releases: Sequence[Release], out: str) -> tuple[Cell
     """Every cell: seed by seed, so that a first table is there soonest; baselines have one seed."""
     works: list[tuple[str, FinetuneJob | BaselineConfig, tuple[int, ...]]]
     works = [(name, work, job.seeds) for name, work in job.jobs(job.name).items()]
-    works += [(baseline.kind, baseline, (0,)) for baseline in job.baselines]
+    works += [(baseline.name, baseline, (0,)) for baseline in job.baselines]
     seeds = dict.fromkeys(seed for _, _, own in works for seed in own)
     folder = f"{out.rstrip('/')}/{CELLS}"
     return tuple(
-        Cell(name, number, seed, work, release.pinned_url, job.passes, job.batch_size, folder)
+        Cell(name, number, seed, work, release.pinned_url, job.passes, job.batch_size, folder, tuple(job.conditions.items()))
         for seed in seeds
         for name, work, own in works
         if seed in own
@@ -116,8 +139,10 @@ def cells_of(job: BenchJob, releases: Sequence[Release], out: str) -> tuple[Cell
     )
 
 
-def run_bench(prepared: Prepared, executor: Executor, progress: Progress) -> Bench:
+def run_bench(prepared: Prepared, executor: Executor, progress: Progress, truth: Truth | None = None) -> Bench:
     """Runs what is not finished, then writes bench.json and results.md. Finished cells are only read.
+
+    truth: uid -> planted truth, for synthetic data; regret is reported then.
 
     Raises:
         DrafError: cells that failed, all of them in one message, after all others have been finished.
@@ -125,13 +150,13 @@ def run_bench(prepared: Prepared, executor: Executor, progress: Progress) -> Ben
     """
     _run_cells(prepared, executor, progress)
     progress.scoring()
-    found = score(prepared)
+    found = score(prepared, truth)
     prepared.store.write(RESULT, found.model_dump_json(indent=1).encode() + b"\n")
     prepared.store.write(REPORT, markdown(found).encode())
     return found
 
 
-def score(prepared: Prepared) -> Bench:
+def score(prepared: Prepared, truth: Truth | None = None) -> Bench:
     """The table of a benchmark whose cells are all finished.
 
     Raises:
@@ -145,14 +170,23 @@ def score(prepared: Prepared) -> Bench:
     resamples = Resamples(subject, replicates=job.bootstrap, seed=job.bootstrap_seed)
     replicates = replicate(pooled, resamples)
     rows = [_row(name, pooled[name], replicates, [pair for pair in found if pair[0].system == name], job) for name in job.names]
-    return Bench(about=_about(prepared, reference, resamples.num_subjects), rows=tuple(rows))
+    about, conditions = _about(prepared, reference, resamples.num_subjects), _conditions(prepared, found, resamples, truth)
+    return Bench(about=about, rows=tuple(rows), conditions=conditions)
 
 
 def _check_baselines(job: BenchJob, release: Release) -> None:
+    task = task_asked(release.schema.label, where="draf bench")
     images = [spec.name for spec in release.schema.modalities if isinstance(spec, ImageSpec)]
     if job.baselines and images:
         found, remedy = f"images ({', '.join(images)})", "Leave `baselines` empty for data with images."
         raise SpecError(explain("baselines", expected="tables and series only", found=found, remedy=remedy))
+    for baseline in job.baselines:
+        if isinstance(baseline, CoxRegressionConfig):
+            check_cox(baseline, release.schema)
+        elif task != "class":
+            remedy = "Take `{kind: cox_regression}` for times." if task == "survival" else "Leave `baselines` empty."
+            expected = "what predicts times" if task == "survival" else "none for several labels"
+            raise SpecError(explain("baselines", expected=expected, found=baseline.kind, remedy=remedy))
 
 
 def _identity(job: BenchJob, card: AnyCard, subject_key: bytes) -> str:
@@ -194,17 +228,78 @@ def _result(cell: Cell) -> CellResult:
 
 
 def _pool(prepared: Prepared, found: Sequence[Finished]) -> dict[str, tuple[Pooled, ...]]:
-    """System -> out-of-fold predictions of every seed, in the order of prepared.cells: by seed, then by fold."""
-    everything = folds.all_uids(prepared.releases)
-    own = [folds.check_fold(release, fold) for release, fold in zip(prepared.releases, prepared.plan.folds, strict=True)]
-    groups: dict[tuple[str, int], list[Finished]] = defaultdict(list)
+    """System -> out-of-fold predictions of every seed."""
+    counted = _Counted.of(prepared)
+    return {
+        system: tuple(counted.pool(pairs, [fold_predictions(cell) for cell, _ in pairs]) for pairs in seeds)
+        for system, seeds in _by_seed(found).items()
+    }
+
+
+def _by_seed(found: Sequence[Finished]) -> dict[str, list[list[Finished]]]:
+    """System -> by seed, the cells of all folds, in the order of prepared.cells."""
+    groups: dict[str, dict[int, list[Finished]]] = defaultdict(lambda: defaultdict(list))
     for cell, result in found:
-        groups[cell.system, cell.seed].append((cell, result))
-    pooled: dict[str, tuple[Pooled, ...]] = defaultdict(tuple)
-    for (system, _), pairs in groups.items():
-        parts, temperatures = [fold_predictions(cell) for cell, _ in pairs], [result.temperature.value for _, result in pairs]
-        pooled[system] += (pool(parts, temperatures, own, everything=everything).labelled(),)
-    return dict(pooled)
+        groups[cell.system][cell.seed].append((cell, result))
+    return {system: list(seeds.values()) for system, seeds in groups.items()}
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """The studies that each fold counts, and all of them; follow_ups: of the training subjects of each, of times alone."""
+
+    own: tuple[Rows, ...]
+    everything: Rows
+    follow_ups: tuple[FollowUp | None, ...]
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> "_Counted":
+        """Of a benchmark."""
+        pairs = zip(prepared.releases, prepared.plan.folds, strict=True)
+        own = tuple(folds.check_fold(release, fold) for release, fold in pairs)
+        return cls(own, folds.all_uids(prepared.releases), tuple(follow_ups_of(prepared.releases)))
+
+    def pool(self, pairs: Sequence[Finished], parts: Sequence[Predictions]) -> Pooled:
+        """The predictions of the cells of all folds, each scaled by its own temperature."""
+        temperatures = [result.temperature.value for _, result in pairs]
+        pooled = pool(parts, temperatures, self.own, everything=self.everything, follow_ups=self.follow_ups)
+        return pooled.labelled()
+
+    def exact(self, parts: Sequence[Predictions], truth: Truth) -> Floats:
+        """The posterior of the same studies in the same order, (n, 2)."""
+        kept = concatenate([part.rows(np.isin(part.uid, own)) for part, own in zip(parts, self.own, strict=True)])
+        return posterior(kept.rows(np.argsort(kept.uid, kind="stable")).labelled(), truth)
+
+
+def _conditions(
+    prepared: Prepared, found: Sequence[Finished], resamples: Resamples, truth: Truth | None
+) -> tuple[ConditionResult, ...]:
+    """All systems on clean studies and under every condition; nothing where that is no more than the table of clean studies."""
+    job, schema = prepared.job, prepared.releases[0].schema
+    if not job.conditions and truth is None:
+        return ()
+    counted, seeds = _Counted.of(prepared), _by_seed(found)
+    comparison = Comparison(resamples, job.reference, job.bootstrap_seed)
+
+    def compared(name: str, cases: Sequence[str], parts_of: PartsOf, known: Truth | None) -> ConditionResult:
+        def read(system: str) -> list[list[Pooled]]:
+            return [[counted.pool(pairs, case) for case in _by_case(pairs, parts_of)] for pairs in seeds[system]]
+
+        first = seeds[job.reference][0]
+        exact = None if known is None else counted.exact(_by_case(first, parts_of)[0], known)
+        return comparison.compare(name, cases, job.names, read, exact=exact)
+
+    results = [compared(UNCHANGED, (ALL,), lambda cell: [fold_predictions(cell)], truth)]
+    for name, condition in job.conditions.items():
+        cases = [applied.modality for applied in condition.cases(schema)]
+        known = truth if condition.only_removes else None
+        results.append(compared(name, cases, partial(condition_predictions, name=name), known))
+    return tuple(results)
+
+
+def _by_case(pairs: Sequence[Finished], parts_of: PartsOf) -> list[tuple[Predictions, ...]]:
+    """By case, the predictions of all folds."""
+    return list(zip(*(parts_of(cell) for cell, _ in pairs), strict=True))
 
 
 def _subject_numbers(release: Release, pooled: Pooled) -> Rows:
@@ -222,8 +317,16 @@ def _row(
     found: Sequence[Finished],
     job: BenchJob,
 ) -> Row:
-    by_fold = auroc_by_fold(seeds, job.folds)
+    by_fold, primary = primary_by_fold(seeds, job.folds), TASKS[seeds[0].task].primary
     known = [value for value in by_fold if value is not None]
+    each: dict[str, Any] = {
+        "by_seed": primary_by_seed(seeds),
+        "by_fold": by_fold,
+        "median_fold": float(np.median(known)) if known else None,
+    }
+    if seeds[0].task == "survival":
+        # Risks of two models are on two scales: published tables average over splits.
+        each["mean_fold"] = float(np.mean(known)) if known else None
     return Row(
         system=name,
         is_baseline=name not in job.systems,
@@ -231,9 +334,8 @@ def _row(
         metrics=metrics_of(replicates[name]),
         differences={} if name == job.reference else differences_of(replicates[name], replicates[job.reference]),
         ece_floor=floor_of(seeds, job.bootstrap_seed),
-        auroc_by_seed=auroc_by_seed(seeds),
-        auroc_by_fold=by_fold,
-        auroc_median_fold=float(np.median(known)) if known else None,
+        holm={metric: p[name] for metric, p in holm_of(replicates, job.reference).items() if name in p},
+        **{f"{primary}_{what}": value for what, value in each.items()},
         temperatures=tuple(result.temperature.value for _, result in found),
         wall_s=float(np.mean([result.wall_s for _, result in found])),
     )
@@ -247,15 +349,16 @@ def _about(prepared: Prepared, pooled: Pooled, num_subjects: int) -> BenchAbout:
         data=prepared.card.name,
         card_sha256=prepared.card.sha256,
         label=schema.label.name,
-        classes=schema.classes,
+        classes=(CENSORED, EVENT) if pooled.task == "survival" else schema.label.outputs,
         num_studies=len(pooled.uid),
         num_subjects=num_subjects,
         num_sites=sum(len(fold.sites) for fold in prepared.plan.folds),
-        class_counts=tuple(int(count) for count in np.bincount(pooled.label, minlength=len(schema.classes))),
+        class_counts=pooled.counts,
         uid_sum=receipt(pooled.uid).uid_sum,
         folds=prepared.plan.folds,
         releases=tuple(release.version for release in prepared.releases),
         reference=job.reference,
         bootstrap=job.bootstrap,
         git_commit=git_commit(),
+        task=pooled.task,
     )

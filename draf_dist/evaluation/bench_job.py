@@ -2,18 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from draf_dist.config.spec import Spec, apply_overrides, read_yaml, validate_spec
 from draf_dist.errors import SpecError, explain, together
 from draf_dist.evaluation.baselines import BaselineConfig
+from draf_dist.evaluation.bench_conditions import BenchCondition
 from draf_dist.training.job import FinetuneJob
 
 Tree = dict[str, Any]
 # What the benchmark itself gives to every job.
 GIVEN = ("kind", "name", "release", "seed")
+# Studies as they are; the other conditions have other names.
+UNCHANGED = "clean"
 
 
 class BenchJob(Spec):
@@ -22,6 +25,7 @@ class BenchJob(Spec):
     card: path of the dataset card. folds: parts into which its sites are divided; each is held out once. fold_seed: another one
     gives another partition. seeds: of training; every system is trained once per fold and seed. finetune: the parts of a
     fine-tuning job that all systems share. systems: name -> the parts in which it differs. baselines: trained without seeds.
+    conditions: name -> what is done to the fold before it is predicted once more; `clean` is always there.
     reference: the system (or baseline) that differences are taken to. passes, batch_size: of prediction. bootstrap: resamples of
     subjects; bootstrap_seed: of their draws.
     """
@@ -35,6 +39,10 @@ class BenchJob(Spec):
     finetune: Tree = {}
     systems: dict[str, Tree]
     baselines: tuple[BaselineConfig, ...] = ()
+    # Left out of the stored form where there are none: benchmarks from before there was such a thing keep their sha256.
+    conditions: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")], BenchCondition] = Field(
+        {}, exclude_if=lambda conditions: not conditions
+    )
     reference: str
     passes: int = Field(30, ge=2)
     batch_size: int = Field(64, ge=1)
@@ -55,12 +63,14 @@ class BenchJob(Spec):
             raise ValueError(f"reference is none of {', '.join(names)}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("a seed is listed twice")
+        if UNCHANGED in self.conditions:
+            raise ValueError(f"the condition {UNCHANGED} is always there; give another name")
         return self
 
     @property
     def names(self) -> tuple[str, ...]:
         """The rows of the table: systems in the order of the file, then baselines."""
-        return (*self.systems, *(baseline.kind for baseline in self.baselines))
+        return (*self.systems, *(baseline.name for baseline in self.baselines))
 
     def jobs(self, where: str) -> dict[str, FinetuneJob]:
         """System -> its fine-tuning job, every default filled in; `release` and `seed` are yet to be given.

@@ -1,23 +1,57 @@
 """The table of a benchmark as markdown: results.md."""
 
-from draf_dist.evaluation.bench_results import Bench, Row
+from collections.abc import Callable
+
+from draf_dist.evaluation.bench_results import Bench, Row, UnderCondition
+from draf_dist.evaluation.scoring import TASKS
 from draf_dist.evaluation.statistics import Estimate
+from draf_dist.evaluation.task_scores import TaskName
 
-COLUMNS = ("system", "AUROC", "AUPRC", "NLL", "Brier", "ECE (floor)", "AUROC, median fold")
-DIFFERENCES = ("system", "AUROC", "AUPRC", "NLL", "Brier")
 DIGITS = 3
+# With intervals; of classes ECE stands beside them with its floor.
+METRICS: dict[TaskName, dict[str, str]] = {
+    "class": {"auroc": "AUROC", "auprc": "AUPRC", "nll": "NLL", "brier": "Brier"},
+    "multilabel": {"auroc": "AUROC", "auprc": "AUPRC", "nll": "NLL", "brier": "Brier", "ece": "ECE"},
+    "survival": {"c_index": "C-index", "c_index_ipcw": "C-index (Uno)", "nll": "NLL", "ibs": "Integrated Brier"},
+}
+EXPLAINED: dict[TaskName, str] = {
+    "class": "Brier from 0 to 2; the floor is what ECE a perfectly calibrated model would show.",
+    "multilabel": "Means over labels, each over the studies in which it was observed, but for NLL: a mean over studies of that "
+    "over their known labels. Brier from 0 to 1.",
+    "survival": "Uno's C and Brier are corrected by the censoring of each model's own training subjects. Risks of the models of "
+    "two folds are on two scales, which the median fold does not mix.",
+}
+SHOWN_AS_THEY_ARE = {
+    "auroc": "AUROC under every condition",
+    "c_index": "C-index under every condition",
+    "regret": "Regret in nats: mean KL from the exact posterior",
+}
+COMPARED = {"auroc": "AUROC", "c_index": "C-index", "nll": "NLL", "regret": "Regret"}
+LEVEL = 0.05
 
 
-def cells_of(row: Row) -> tuple[str, ...]:
-    """One line of the table, by COLUMNS."""
-    floor = "-" if row.ece_floor.mean is None else f"{row.ece_floor.mean:.{DIGITS}f}"
-    intervals = [with_interval(row.metrics[name]) for name in ("auroc", "auprc", "nll", "brier")]
-    return (row.system, *intervals, f"{_number(row.metrics['ece'].value)} ({floor})", _number(row.auroc_median_fold))
+def columns_of(task: TaskName) -> tuple[str, ...]:
+    """The heads of the table."""
+    shown = METRICS[task]
+    floor = ("ECE (floor)",) if task == "class" else ()
+    return ("system", *shown.values(), *floor, f"{shown[TASKS[task].primary]}, median fold")
 
 
-def difference_cells_of(row: Row) -> tuple[str, ...]:
-    """One line of the table of differences, by DIFFERENCES."""
-    return (row.system, *(with_interval(row.differences[name], signed=True) for name in ("auroc", "auprc", "nll", "brier")))
+def cells_of(row: Row, task: TaskName) -> tuple[str, ...]:
+    """One line of the table, by columns_of."""
+    intervals = [with_interval(row.metrics[name]) for name in METRICS[task]]
+    floor = (f"{_number(row.metrics['ece'].value)} ({_number(row.ece_floor.mean)})",) if task == "class" else ()
+    return (row.system, *intervals, *floor, _number(row.primary_median_fold))
+
+
+def differing_columns_of(task: TaskName) -> tuple[str, ...]:
+    """The heads of the table of differences."""
+    return ("system", *METRICS[task].values())
+
+
+def difference_cells_of(row: Row, task: TaskName) -> tuple[str, ...]:
+    """One line of the table of differences, by differing_columns_of."""
+    return (row.system, *(with_interval(row.differences[name], signed=True) for name in METRICS[task]))
 
 
 def with_interval(estimate: Estimate, *, signed: bool = False) -> str:
@@ -42,18 +76,59 @@ def markdown(bench: Bench) -> str:
         f"label `{about.label}`: {counts}. {len(about.folds)} folds of whole sites; every study is predicted once per seed, by a "
         "model that saw neither its site nor any study of its subject.",
         "",
-        *_table(COLUMNS, [cells_of(row) for row in bench.rows]),
+        *_table(columns_of(about.task), [cells_of(row, about.task) for row in bench.rows]),
         "",
         f"Pooled over the folds after temperature scaling, the mean over training seeds ({_seeds(bench)}). Brackets: 95 % over "
-        f"{about.bootstrap:,} resamples of subjects, the same for all rows. Brier from 0 to 2; the floor is what ECE a perfectly "
-        "calibrated model would show.",
+        f"{about.bootstrap:,} resamples of subjects, the same for all rows. {EXPLAINED[about.task]}",
         "",
-        f"Differences to `{about.reference}`, paired:",
+        f"Differences to `{about.reference}`, paired; **bold**: p below {LEVEL:g} after Holm's correction for the "
+        f"{len(bench.rows) - 1} systems of the column:",
         "",
-        *_table(DIFFERENCES, [difference_cells_of(row) for row in bench.rows if row.differences]),
+        *_table(differing_columns_of(about.task), [_marked(row, about.task) for row in bench.rows if row.differences]),
         "",
+        *_conditions(bench),
     ]
     return "\n".join(lines)
+
+
+def _marked(row: Row, task: TaskName) -> tuple[str, ...]:
+    """The line of differences, as it is printed with Holm's p."""
+    return (row.system, *(_difference(row, metric) for metric in METRICS[task]))
+
+
+def _conditions(bench: Bench) -> list[str]:
+    """Under every condition: AUROC and regret, then differences in each metric."""
+    if not bench.conditions:
+        return []
+    lines = []
+    for metric, title in SHOWN_AS_THEY_ARE.items():
+        lines += _by_condition(bench, metric, f"{title}:", lambda row, metric: with_interval(row.metrics[metric]))
+    for metric, title in COMPARED.items():
+        lines += _by_condition(bench, metric, f"{title}, difference to `{bench.about.reference}`:", _difference)
+    return [
+        *lines,
+        f"Brackets: 95 % over {bench.about.bootstrap:,} resamples of subjects and training seeds. **Bold**: p below {LEVEL:g} "
+        f"after Holm's correction for the {len(bench.rows) - 1} systems of its column.",
+        "",
+    ]
+
+
+def _by_condition(bench: Bench, metric: str, title: str, cell: Callable[[UnderCondition, str], str]) -> list[str]:
+    """One line a system, one column a condition in which the metric is known; nothing where there is none."""
+    known = [condition for condition in bench.conditions if metric in condition.rows[0].metrics]
+    if not known:
+        return []
+    lines = [(rows[0].system, *(cell(row, metric) for row in rows)) for rows in zip(*(each.rows for each in known), strict=True)]
+    filled = [line for line in lines if any(line[1:])]
+    return [title, "", *_table(("system", *(condition.name for condition in known)), filled), ""]
+
+
+def _difference(row: Row | UnderCondition, metric: str) -> str:
+    """Bold where Holm's p is below the level; empty for the reference."""
+    if metric not in row.differences:
+        return ""
+    text = with_interval(row.differences[metric], signed=True)
+    return f"**{text}**" if row.holm.get(metric, 1.0) < LEVEL else text
 
 
 def _seeds(bench: Bench) -> str:

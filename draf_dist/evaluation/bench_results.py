@@ -2,8 +2,11 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from draf_dist.evaluation.bench_folds import Fold
 from draf_dist.evaluation.results import Floor, Metrics
+from draf_dist.evaluation.task_scores import TaskName
 from draf_dist.schema.record import Record
 
 
@@ -12,7 +15,8 @@ class Row(Record):
 
     metrics: of the pooled out-of-fold predictions, temperature-scaled, each the mean over seeds of the number of that seed.
     differences: this row - reference, with the same resamples; empty for the reference itself. auroc_by_seed, auroc_by_fold
-    (mean over seeds): without intervals. temperatures: of every cell, folds of the first seed first. wall_s: mean of a cell.
+    (mean over seeds): without intervals; of times c_index_by_seed and so on in their place. temperatures: of every cell, folds of
+    the first seed first. wall_s: mean of a cell. holm: p of every difference, corrected for the number of rows that are compared.
     """
 
     system: str
@@ -21,15 +25,51 @@ class Row(Record):
     metrics: Metrics
     differences: Metrics
     ece_floor: Floor
-    auroc_by_seed: tuple[float | None, ...]
-    auroc_by_fold: tuple[float | None, ...]
-    auroc_median_fold: float | None
+    auroc_by_seed: tuple[float | None, ...] = ()
+    auroc_by_fold: tuple[float | None, ...] = ()
+    auroc_median_fold: float | None = None
     temperatures: tuple[float, ...]
     wall_s: float
+    c_index_by_seed: tuple[float | None, ...] = Field((), exclude_if=lambda values: not values)
+    c_index_by_fold: tuple[float | None, ...] = Field((), exclude_if=lambda values: not values)
+    c_index_median_fold: float | None = Field(None, exclude_if=lambda value: value is None)
+    c_index_mean_fold: float | None = Field(None, exclude_if=lambda value: value is None)
+    holm: dict[str, float] = Field({}, exclude_if=lambda found: not found)
+
+    @property
+    def primary_median_fold(self) -> float | None:
+        """The median over folds of AUROC, or of the C-index."""
+        return self.c_index_median_fold if self.c_index_by_fold else self.auroc_median_fold
+
+
+class UnderCondition(Record):
+    """One system under one condition, temperature-scaled as on clean studies; every number is the mean over seeds and cases.
+
+    metrics: auroc (of times c_index), nll, and regret (nats, mean KL(posterior || model)) where the exact posterior is known.
+    differences: to the reference, with the same resamples. holm: p of each difference, corrected for the number of systems. Both
+    are empty for the reference. by_case: the first of metrics by ConditionResult.cases, without intervals.
+    """
+
+    system: str
+    metrics: Metrics
+    differences: Metrics
+    holm: dict[str, float]
+    by_case: tuple[float | None, ...]
+
+
+class ConditionResult(Record):
+    """All systems under one condition; cases: the modalities that were hit one after another, else what `hits` says."""
+
+    name: str
+    cases: tuple[str, ...]
+    rows: tuple[UnderCondition, ...]
 
 
 class BenchAbout(Record):
-    """What was compared. settings: the resolved job. releases: versions of the folds. uid_sum: of the receipt of all studies."""
+    """What was compared. settings: the resolved job. releases: versions of the folds. uid_sum: of the receipt of all studies.
+
+    classes: what class_counts counts: classes; of several labels each, of times censored and event.
+    """
 
     name: str
     job_sha256: str
@@ -47,6 +87,7 @@ class BenchAbout(Record):
     reference: str
     bootstrap: int
     git_commit: str | None
+    task: TaskName = Field("class", exclude_if=lambda task: task == "class")
 
 
 class Bench(Record):
@@ -55,3 +96,5 @@ class Bench(Record):
     format: Literal[1] = 1
     about: BenchAbout
     rows: tuple[Row, ...]
+    # `clean` among them; none, and left out, where the benchmark has no other condition and no truth is known.
+    conditions: tuple[ConditionResult, ...] = Field((), exclude_if=lambda conditions: not conditions)

@@ -4,13 +4,12 @@ from functools import cached_property
 
 import numpy as np
 
-from draf_dist.evaluation.describe import ONE_CLASS, Context
+from draf_dist.evaluation.context import ONE_CLASS, Context
 from draf_dist.evaluation.predictions import Predictions
 from draf_dist.evaluation.results import Metrics
-from draf_dist.evaluation.scores import Scored, short_scores
+from draf_dist.evaluation.scoring import TASKS, task_of
 from draf_dist.evaluation.statistics import Estimate, Floats, estimate
-from draf_dist.metrics.calibration import pointwise_negative_log_likelihood
-from draf_dist.metrics.classification import auroc_of_resamples
+from draf_dist.evaluation.task_scores import Scores
 
 
 class Reference:
@@ -19,6 +18,7 @@ class Reference:
     def __init__(self, predictions: Predictions, context: Context) -> None:
         self.predictions, self.context = predictions, context
         self.scored = context.scored(predictions, scaled=True)
+        self.primary = TASKS[task_of(predictions)].primary
 
     @cached_property
     def counts(self) -> Floats:
@@ -33,13 +33,13 @@ class Reference:
     @cached_property
     def values(self) -> dict[str, float]:
         """The metrics."""
-        return short_scores(self.scored)
+        return self.scored.short()
 
-    def resampled(self, scored: Scored) -> dict[str, Floats]:
-        """AUROC and NLL of the same resamples of any predictions of these studies."""
-        nll = pointwise_negative_log_likelihood(scored.probability, scored.label)
+    def resampled(self, scored: Scores) -> dict[str, Floats]:
+        """The primary metric and NLL of the same resamples of any predictions of these studies."""
+        nll = scored.pointwise_nll()
         return {
-            "auroc": auroc_of_resamples(scored.probability, scored.label, self.counts),
+            self.primary: scored.primary_of_resamples(self.counts),
             "nll": self.counts @ nll / np.maximum(self.counts.sum(axis=1), 1),
         }
 
@@ -51,7 +51,8 @@ class Reference:
 def compare(reference: Reference, corrupted: Predictions) -> Metrics:
     """Metrics when corrupted; auroc_difference and nll_difference, clean - corrupted; auroc_drop_percent, of the clean value.
 
-    A drop in percent flatters weak models, so it never stands alone. All intervals resample the same subjects on both sides.
+    Of another task its primary metric stands in place of AUROC. A drop in percent flatters weak models, so it never stands alone.
+    All intervals resample the same subjects on both sides.
 
     Raises:
         ValueError: the two sides are not of the same studies.
@@ -59,15 +60,15 @@ def compare(reference: Reference, corrupted: Predictions) -> Metrics:
     if not np.array_equal(corrupted.uid, reference.predictions.uid):
         raise ValueError("a paired comparison needs the same studies in the same order on both sides")
     scored = reference.context.scored(corrupted, scaled=True)
-    after, resampled = short_scores(scored), reference.resampled(scored)
-    before, clean = reference.values, reference.replicates
-    differences = {f"{name}_difference": before[name] - after[name] for name in clean}
-    difference_replicates = {f"{name}_difference": clean[name] - resampled[name] for name in clean}
+    after, resampled = scored.short(), reference.resampled(scored)
+    before, clean, name = reference.values, reference.replicates, reference.primary
+    differences = {f"{metric}_difference": before[metric] - after[metric] for metric in clean}
+    difference_replicates = {f"{metric}_difference": clean[metric] - resampled[metric] for metric in clean}
     with np.errstate(divide="ignore", invalid="ignore"):
-        drop = 100 * np.float64(differences["auroc_difference"]) / np.float64(before["auroc"])
-        drops = 100 * difference_replicates["auroc_difference"] / clean["auroc"]
-    values = {**after, **differences, "auroc_drop_percent": float(drop) if np.isfinite(drop) else float("nan")}
-    replicates = {**resampled, **difference_replicates, "auroc_drop_percent": np.where(np.isfinite(drops), drops, np.nan)}
+        drop = 100 * np.float64(differences[f"{name}_difference"]) / np.float64(before[name])
+        drops = 100 * difference_replicates[f"{name}_difference"] / clean[name]
+    values = {**after, **differences, f"{name}_drop_percent": float(drop) if np.isfinite(drop) else float("nan")}
+    replicates = {**resampled, **difference_replicates, f"{name}_drop_percent": np.where(np.isfinite(drops), drops, np.nan)}
     return _with_intervals(values, replicates)
 
 

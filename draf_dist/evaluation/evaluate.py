@@ -12,7 +12,9 @@ from pydantic import ValidationError
 from draf_dist.data.loader_stats import LoaderStats
 from draf_dist.data.release import Release
 from draf_dist.errors import DataError, GateError, explain
-from draf_dist.evaluation.describe import Context, describe_split
+from draf_dist.evaluation.context import Context
+from draf_dist.evaluation.describe import counted_names, describe_split
+from draf_dist.evaluation.follow_up import follow_up_of
 from draf_dist.evaluation.job import EvaluateJob
 from draf_dist.evaluation.predictions import Predictions, file_name, to_parquet
 from draf_dist.evaluation.regret import PlantedTruth
@@ -20,10 +22,12 @@ from draf_dist.evaluation.report import render
 from draf_dist.evaluation.results import About, Evaluation
 from draf_dist.evaluation.robustness import SweepRun, describe_sweep
 from draf_dist.evaluation.run_parts import remove_parts
+from draf_dist.evaluation.scoring import task_asked, temperature_of
 from draf_dist.evaluation.signals import find_warnings, measure_signals
 from draf_dist.evaluation.spread import ONE_PROCESS, Workers, parts_folder, predict_run
 from draf_dist.evaluation.subject import Subject, open_subject
-from draf_dist.metrics.temperature import fit_temperature
+from draf_dist.evaluation.task_scores import TaskName
+from draf_dist.models.backbones import mc_scope
 from draf_dist.schema.release import Split
 from draf_dist.storage import MissingError, Store
 
@@ -31,6 +35,10 @@ EVALUATION, REPORT = "evaluation.json", "report.html"
 PREDICTIONS, OTHERS = "predictions", "evaluations"
 # Of two evaluations that write at the same time both may find files of the other; so often each writes its own again.
 ROUNDS = 6
+RANKS_ONLY = (
+    "The model was trained by Cox's likelihood alone (lambda_nll 0): it ranks. Quote its C-indices; NLL, Brier and calibration are "
+    "of hazards of which nothing but their order was asked."
+)
 _draw = random.SystemRandom().random
 Progress = Callable[[str, int, int], None]
 
@@ -54,18 +62,17 @@ def evaluate(
     workers there are.
 
     Raises:
-        SpecError: there is no run or release, or no exported model yet.
+        SpecError: there is no run or release, or no exported model yet; the label is a mask.
         DataError: the model can't read the release, or files are damaged.
         GateError: other evaluations of the run write their results at the same time, again and again.
     """
     subject = open_subject(run_url, release_url)
-    about = _about(subject, job)
+    task = task_asked(subject.release.schema.label, where="draf evaluate")
     folder = parts_folder(subject, job, workers.place)
     found = predict_run(subject, job, folder, workers, lambda done, total: on_progress("predict", done, total))
     clean = found.clean
-    known = clean["val"].labelled()
-    temperature = fit_temperature(known.probability.astype("float64"), known.target)
-    context = Context(job, temperature.value, _subject_numbers(subject.release), truth)
+    temperature = temperature_of(clean["val"])
+    context = Context(job, temperature.value, _subject_numbers(subject.release), truth, follow_up_of(subject.trained_on))
     splits = []
     for done, name in enumerate(job.splits):
         on_progress("metrics", done, len(job.splits))
@@ -77,12 +84,15 @@ def evaluate(
     result = sweep.result if sweep else None
     files = _prediction_files(list(clean.values()), sweep)
     evaluation = Evaluation(
-        about=about,
+        about=_about(subject, job, task, counted_names(clean["val"])),
         temperature=temperature,
         splits=tuple(splits),
         sweep=result,
         signals=signals,
-        warnings=_empty_splits(job, clean) + _left_out(found.read) + find_warnings(job, temperature, splits, signals, result),
+        warnings=_empty_splits(job, clean)
+        + _left_out(found.read)
+        + _ranks_only(subject)
+        + find_warnings(job, temperature, splits, signals, result, task=task),
         predictions={path: hashlib.sha256(data).hexdigest() for path, data in files.items()},
     )
     write_results(subject.run.store, evaluation, files)
@@ -182,7 +192,7 @@ def _subject_numbers(release: Release) -> dict[int, int]:
     return {uid: numbers.setdefault(subject, len(numbers)) for uid, subject in pairs}
 
 
-def _about(subject: Subject, job: EvaluateJob) -> About:
+def _about(subject: Subject, job: EvaluateJob, task: TaskName, counted: tuple[str, ...]) -> About:
     exported, schema = subject.exported, subject.release.schema
     return About(
         run=subject.run.url.rstrip("/").rpartition("/")[2],
@@ -195,13 +205,19 @@ def _about(subject: Subject, job: EvaluateJob) -> About:
         weights_sha256=subject.weights_sha256,
         modalities=schema.names,
         label=schema.label.name,
-        classes=schema.classes,
+        classes=counted,
         settings=job,
+        task=task,
+        mc_scope=mc_scope(exported.model),
     )
 
 
 def _empty_splits(job: EvaluateJob, clean: Mapping[Split, Predictions]) -> tuple[str, ...]:
     return tuple(f"Split {name} holds no study: nothing is reported of it." for name in job.splits if name not in clean)
+
+
+def _ranks_only(subject: Subject) -> tuple[str, ...]:
+    return (RANKS_ONLY,) if subject.only_ranks else ()
 
 
 def _left_out(read: Mapping[Split, LoaderStats]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from markupsafe import Markup
 
 from draf_dist.evaluation.plots import Axes, Line, even_ticks, line_chart, reliability_diagram, swatch
 from draf_dist.evaluation.results import Cell, Diagram, Evaluation, SplitResult, Sweep
+from draf_dist.evaluation.scoring import TaskMetrics
 
 MISSING = ("missing", "missing_not_at_random")
 UNIT = [(value / 4, f"{value / 4:g}") for value in range(5)]
@@ -24,8 +25,11 @@ class Figure:
 
 
 def calibration_figure(split: SplitResult) -> Figure:
-    """Reliability diagrams of both questions, raw and scaled."""
+    """Reliability diagrams of both questions, or of every label, raw and scaled."""
     charts = []
+    for part in split.labels:
+        raw, scaled = part.diagrams
+        charts.append(_diagram(f"{split.split}: {part.name}", raw, scaled, f"probability of {part.name}"))
     for question, label in QUESTIONS.items():
         found = {d.scaled: d for d in split.diagrams if d.question == question}
         if found:
@@ -36,14 +40,15 @@ def calibration_figure(split: SplitResult) -> Figure:
 
 def selective_figure(split: SplitResult) -> Figure:
     """Class-wise risk and share kept against coverage; PPV and recall against coverage."""
-    by_class = split.risk_coverage
+    by_class = split.risk_coverage or tuple(part.risk_coverage for part in split.labels)
     risk = [Line(c.name, c.coverage, c.risk, style=k) for k, c in enumerate(by_class)]
     kept = [Line(c.name, c.coverage, c.kept, style=k) for k, c in enumerate(by_class)]
+    of = "label" if split.labels else "class"
     charts = [
-        line_chart(f"{split.split}: errors within a class", risk, _coverage_axes("error rate among kept")),
-        line_chart(f"{split.split}: what is kept of a class", kept, _coverage_axes("share of class kept")),
+        line_chart(f"{split.split}: errors within a {of}", risk, _coverage_axes("error rate among kept")),
+        line_chart(f"{split.split}: what is kept of a {of}", kept, _coverage_axes(f"share of {of} kept")),
     ]
-    legend = [(swatch(k), f"class {c.name}") for k, c in enumerate(by_class)]
+    legend = [(swatch(k), f"{of} {c.name}") for k, c in enumerate(by_class)]
     if split.alarms is not None:
         alarms, first = split.alarms, len(by_class)
         lines = [
@@ -71,9 +76,9 @@ def weight_figure(sweep: Sweep, modalities: Sequence[str]) -> Figure:
     return _panels(cells, modalities, value, starts, "mean weight", chart, y_floor=0.0)
 
 
-def corruption_figure(sweep: Sweep, modalities: Sequence[str]) -> Figure:
-    """AUROC against severity: a panel per modality hit, and one for all at once."""
-    start = sweep.clean["auroc"].value
+def corruption_figure(sweep: Sweep, modalities: Sequence[str], metrics: TaskMetrics) -> Figure:
+    """The primary metric against severity: a panel per modality hit, and one for all at once."""
+    start, title_of_metric = sweep.clean[metrics.primary].value, metrics.short_title
     scopes = [*modalities, "all"]
 
     def chart(name: str, lines: list[Line], axes: Axes) -> Markup:
@@ -81,18 +86,19 @@ def corruption_figure(sweep: Sweep, modalities: Sequence[str]) -> Figure:
         return line_chart(title, lines, axes, reference=start)
 
     cells = [cell for cell in sweep.cells if cell.operation not in MISSING]
-    return _panels(cells, scopes, lambda name: _auroc, dict.fromkeys(scopes, start), "AUROC", chart)
+    value = _metric(metrics.primary)
+    return _panels(cells, scopes, lambda name: value, dict.fromkeys(scopes, start), title_of_metric, chart)
 
 
-def missing_figure(sweep: Sweep) -> Figure:
-    """AUROC and NLL against the rate at which modalities go missing."""
+def missing_figure(sweep: Sweep, metrics: TaskMetrics) -> Figure:
+    """The primary metric and NLL against the rate at which modalities go missing."""
     cells = [cell for cell in sweep.cells if cell.operation in MISSING]
     if not cells:
         return Figure(())
     operations = _in_order(cell.operation for cell in cells)
     rates = sorted({0.0, *(float(cell.level) for cell in cells)})
     charts = []
-    for metric, title in (("auroc", "AUROC"), ("nll", "NLL (nats)")):
+    for metric, title in ((metrics.primary, metrics.short_title), ("nll", "NLL (nats)")):
         start = sweep.clean[metric].value
         lines = [
             _line(operation, [cell for cell in cells if cell.operation == operation], start, _metric(metric), style, by_level=True)
@@ -151,9 +157,6 @@ def _metric(name: str) -> Value:
         return estimate.value, estimate.low, estimate.high
 
     return value
-
-
-_auroc = _metric("auroc")
 
 
 def _diagram(title: str, raw: Diagram, scaled: Diagram, label: str) -> Markup:

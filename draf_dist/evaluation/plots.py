@@ -15,25 +15,38 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart; a None breaks it. low and high: ends of the intervals of its points, drawn as whiskers."""
+    """One line of a chart; a None breaks it. low and high: ends of the intervals of its points, drawn as whiskers.
+
+    style: of its colour and dashes; None is the dashed grey of references.
+    """
 
     label: str
     x: Sequence[float | None]
     y: Sequence[float | None]
     low: Sequence[float | None] = ()
     high: Sequence[float | None] = ()
-    style: int = 0
+    style: int | None = 0
     markers: bool = False
 
     @property
     def colour(self) -> str:
         """Its colour."""
-        return COLOURS[self.style % len(COLOURS)]
+        return GREY if self.style is None else COLOURS[self.style % len(COLOURS)]
 
     @property
     def dash(self) -> str:
         """Its dash pattern, so that lines can be told apart in print too."""
-        return DASHES[self.style % len(DASHES)]
+        return "4 3" if self.style is None else DASHES[self.style % len(DASHES)]
+
+
+@dataclass(frozen=True)
+class Band:
+    """What lies between two lines over x, in a light colour; a None in either leaves a gap."""
+
+    x: Sequence[float | None]
+    low: Sequence[float | None]
+    high: Sequence[float | None]
+    style: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,9 +77,11 @@ class Axes:
         return self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
 
 
-def line_chart(title: str, lines: Sequence[Line], axes: Axes, *, reference: float | None = None) -> Markup:
-    """Lines over one frame; reference: a value at which a dashed grey level is drawn."""
-    parts = [_frame(title, axes)]
+def line_chart(
+    title: str, lines: Sequence[Line], axes: Axes, *, reference: float | None = None, band: Band | None = None
+) -> Markup:
+    """Lines over one frame; reference: a value at which a dashed grey level is drawn. band: behind the lines."""
+    parts = [_frame(title, axes), *([] if band is None else _areas(band, axes))]
     if reference is not None:
         parts.append(_segment((axes.left, axes.y(reference)), (axes.width - axes.right, axes.y(reference)), GREY, dash="4 3"))
     for line in lines:
@@ -171,6 +186,20 @@ def _runs(line: Line, axes: Axes, *, width: float = 1.8, opacity: float = 1) -> 
     hint = f"<title>{escape(line.label)}</title>" if line.label else ""
     points = [" ".join(f"{x:.1f},{y:.1f}" for x, y in run) for run in runs if len(run) > 1]
     return [f'<polyline {stroke} points="{each}">{hint}</polyline>' for each in points]
+
+
+def _areas(band: Band, axes: Axes) -> list[str]:
+    """The unbroken pieces of a band."""
+    runs: list[list[tuple[float, float, float]]] = [[]]
+    for x, low, high in zip(band.x, band.low, band.high, strict=True):
+        if x is None or low is None or high is None:
+            runs.append([])
+        else:
+            runs[-1].append((axes.x(x), axes.y(low), axes.y(high)))
+    colour = COLOURS[band.style % len(COLOURS)]
+    outlines = [[(x, low) for x, low, _ in run] + [(x, high) for x, _, high in reversed(run)] for run in runs if len(run) > 1]
+    drawn = [" ".join(f"{x:.1f},{y:.1f}" for x, y in outline) for outline in outlines]
+    return [f'<polygon fill="{colour}" fill-opacity="0.15" points="{points}"/>' for points in drawn]
 
 
 def _markers(line: Line, axes: Axes) -> list[str]:

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from draf_dist import noise
 from draf_dist.data.receipts import receipt
 from draf_dist.errors import DataError, explain
+from draf_dist.evaluation.answers import Answers, answers_of, risk_of, targets_of
 from draf_dist.evaluation.predictions import Applied, Predictions, concatenate
-from draf_dist.models.uncertainty import decompose
+from draf_dist.models.link import Link, link_of
+from draf_dist.models.segmentation import BayesianUnet
+from draf_dist.models.variational import weight_keys
 from draf_dist.schema.batch import Batch, FusionOutput
 from draf_dist.schema.modality import DataSchema
 from draf_dist.schema.release import Receipt
@@ -56,21 +59,21 @@ class Predictor:
 
     def _predict_batch(self, batch: Batch, split: str, applied: Applied) -> Predictions:
         keys = noise.sample_keys(self.seed, STREAM, None, batch.uid, self.passes)
-        output: FusionOutput = self.model(batch, keys)
+        output, readable = self._passes(batch, keys)
+        link, answers = link_of(self.schema.label), answers_of(batch, self.schema.label)
         # In double precision the parts add up to the total, and the mean does not depend on how it is summed.
-        by_pass = output.logits.double().softmax(-1)
-        parts = decompose(by_pass)
+        logits = output.logits.double()
+        parts = link.uncertainties(logits)
         absent = ~batch.present
-        known = batch.classes.observed
         return Predictions(
             modalities=batch.modalities,
-            classes=self.schema.classes,
+            classes=self.schema.label.outputs,
             split=split,
             applied=applied,
             uid=_int64(batch.uid),
             site=np.array(self.schema.sites, dtype=np.str_)[_int64(batch.site)],
-            target=_int64(torch.where(known, batch.classes.label, -1)),
-            probability=_floats(by_pass.mean(0)),
+            target=np.where(readable, targets_of(batch), -1),
+            probability=_floats(link.probability(logits).mean(0)),
             epistemic=_floats(parts["epistemic"]),
             aleatoric=_floats(parts["aleatoric"]),
             total=_floats(parts["total"]),
@@ -79,9 +82,20 @@ class Predictor:
             severity=_floats(batch.severity),
             reliability=_floats(output.reliability),
             corruption_probability=_corruption_probability(output, absent),
-            unimodal=_unimodal(output, absent),
+            unimodal=_unimodal(output, absent, link, answers),
             uncertainty={kind: _floats(value.masked_fill(absent, torch.nan)) for kind, value in output.uncertainty.items()},
+            answers=answers,
         )
+
+    def _passes(self, batch: Batch, keys: Tensor) -> tuple[FusionOutput, NDArray[np.bool_]]:
+        """What the model says, and of which studies, (B,): one that reads a single modality says nothing of those without it.
+
+        Sampled weights are drawn once a pass, as in validation, so that a study's prediction doesn't depend on its batch either.
+        """
+        if not isinstance(self.model, BayesianUnet):
+            return self.model(batch, keys), np.ones(batch.num_rows, dtype=np.bool_)
+        output = self.model(batch, keys, weight_keys(self.seed, None, self.passes, keys.device))
+        return output, batch.present[:, self.model.axis].cpu().numpy()
 
 
 def check_coverage(predictions: Predictions, expected: Receipt, num_lost: int = 0) -> None:
@@ -109,11 +123,13 @@ def _corruption_probability(output: FusionOutput, absent: Tensor) -> NDArray[np.
     return _floats(output.corruption_logits.sigmoid().masked_fill(absent, torch.nan))
 
 
-def _unimodal(output: FusionOutput, absent: Tensor) -> NDArray[np.float32]:
+def _unimodal(output: FusionOutput, absent: Tensor, link: Link, answers: Answers | None) -> NDArray[np.float32]:
     logits = output.modality_logits
-    if logits is None or logits.shape[-1] != 2:
+    if logits is None:
         return np.full(tuple(absent.shape), np.nan, dtype=np.float32)
-    return _floats(logits.softmax(-1)[..., 1].mean(0).masked_fill(absent, torch.nan))
+    probability = link.probability(logits).mean(0).cpu().numpy()
+    alone = [risk_of(probability[:, m], answers) for m in range(probability.shape[1])]
+    return np.where(absent.cpu().numpy(), np.nan, np.stack(alone, axis=1)).astype(np.float32)
 
 
 def _floats(value: Tensor) -> NDArray[np.float32]:

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from draf_dist.errors import DataError, explain
+from draf_dist.evaluation.answer_columns import about_answers, outcome_columns, read_answers, read_probability
+from draf_dist.evaluation.answers import Answers, risk_of
 from draf_dist.storage import Store
 from draf_dist.storage.parquet import read_parquet
 
@@ -38,6 +40,11 @@ class Predictions:
     total: variance of the label and its parts, (n,). reliability: (n, M), 0 where absent. uncertainty: kind -> (n, M), NaN where
     absent. corruption_probability: c_hat (n, M), NaN where absent or where the model has no such head. unimodal: probability
     (n, M) of class 1 by the modality alone, NaN where there is no such head or K > 2. severity: (n, M) in [0, 1].
+
+    Where classes are not what is asked for, `classes` are the names of the outputs and `answers` holds what is known. Of labels:
+    probability of each by itself; target: how many are known to hold. Of times: probability is the hazard of each interval;
+    target: the interval of the time. unimodal is the risk (see answers.py) by the modality alone; epistemic, aleatoric and
+    total are means over labels or intervals. target is -1 where nothing is known.
     """
 
     modalities: tuple[str, ...]
@@ -58,6 +65,7 @@ class Predictions:
     corruption_probability: NDArray[np.float32]
     unimodal: NDArray[np.float32]
     uncertainty: dict[str, NDArray[np.float32]]
+    answers: Answers | None = None
 
     @property
     def num_studies(self) -> int:
@@ -67,6 +75,11 @@ class Predictions:
     def rows(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> "Predictions":
         """Some of the studies."""
         return _each_array([self], lambda parts: parts[0][index])
+
+    @property
+    def risk(self) -> NDArray[np.float64]:
+        """What rises with the risk of each study, NaN of more than two classes. (n,)."""
+        return risk_of(self.probability.astype(np.float64), self.answers)
 
     def labelled(self) -> "Predictions":
         """The studies whose label is known: all that a metric can use."""
@@ -80,13 +93,17 @@ def concatenate(parts: Sequence[Predictions]) -> Predictions:
 
 def _each_array(parts: Sequence[Predictions], change: Callable[[list[Array]], Array]) -> Predictions:
     first = parts[0]
-    changed: dict[str, Any] = {
-        field.name: change([getattr(part, field.name) for part in parts])
-        for field in fields(first)
-        if isinstance(getattr(first, field.name), np.ndarray)
-    }
     uncertainty = {kind: change([part.uncertainty[kind] for part in parts]) for kind in first.uncertainty}
-    return replace(first, **changed, uncertainty=uncertainty)
+    answers = None if first.answers is None else replace(first.answers, **_changed([part.answers for part in parts], change))
+    return replace(first, **_changed(parts, change), uncertainty=uncertainty, answers=answers)
+
+
+def _changed(parts: Sequence[Any], change: Callable[[list[Array]], Array]) -> dict[str, Any]:
+    return {
+        field.name: change([getattr(part, field.name) for part in parts])
+        for field in fields(parts[0])
+        if isinstance(getattr(parts[0], field.name), np.ndarray)
+    }
 
 
 def to_table(predictions: Predictions) -> pa.Table:
@@ -95,6 +112,8 @@ def to_table(predictions: Predictions) -> pa.Table:
     Columns: uid, site, split, corruption, corruption_index, corrupted_modality, target, probability_<class>, epistemic,
     aleatoric, total, and per modality m present_<m>, corrupted_<m>, severity_<m>, reliability_<m>,
     corruption_probability_<m>, unimodal_<m>, uncertainty_<m> (a struct with one field a kind; not there for a model without).
+    Of labels also label_<label> (null where not observed). Of times, in place of probabilities, hazard_<k> of interval k from 0 and
+    survival_<k> at its end, and risk, time and event.
     """
     n, applied = predictions.num_studies, predictions.applied
     columns: dict[str, pa.Array] = {
@@ -106,12 +125,13 @@ def to_table(predictions: Predictions) -> pa.Table:
         "corrupted_modality": _constant(applied.modality, n, pa.string()),
         "target": pa.array(predictions.target, mask=predictions.target < 0),
     }
-    columns |= {f"probability_{name}": _floats(predictions.probability[:, k]) for k, name in enumerate(predictions.classes)}
+    columns |= outcome_columns(predictions.classes, predictions.probability, predictions.answers)
     columns |= {name: _floats(getattr(predictions, name)) for name in ("epistemic", "aleatoric", "total")}
     for m, name in enumerate(predictions.modalities):
         columns |= _modality_columns(predictions, m, name)
     kinds = sorted(predictions.uncertainty)
     about = {"modalities": list(predictions.modalities), "classes": list(predictions.classes), "uncertainty": kinds}
+    about |= about_answers(predictions.answers)
     return pa.table(columns).replace_schema_metadata({"draf_dist": json.dumps(about, sort_keys=True)})
 
 
@@ -136,7 +156,7 @@ def from_table(table: pa.Table) -> Predictions:
         uid=table["uid"].to_numpy(),
         site=np.array(table["site"].to_pylist(), dtype=np.str_),
         target=table["target"].fill_null(-1).to_numpy(),
-        probability=_matrix(table, "probability", classes, np.float32),
+        probability=read_probability(table, classes, about),
         epistemic=_vector(table["epistemic"], np.float32),
         aleatoric=_vector(table["aleatoric"], np.float32),
         total=_vector(table["total"], np.float32),
@@ -147,6 +167,7 @@ def from_table(table: pa.Table) -> Predictions:
         corruption_probability=_matrix(table, "corruption_probability", modalities, np.float32),
         unimodal=_matrix(table, "unimodal", modalities, np.float32),
         uncertainty={kind: _uncertainty(table, kind, modalities) for kind in about["uncertainty"]},
+        answers=read_answers(table, classes, about),
     )
 
 

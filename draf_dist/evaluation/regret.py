@@ -36,10 +36,9 @@ def posterior(predictions: Predictions, truth: Mapping[int, PlantedTruth]) -> Fl
     Raises:
         DataError: the label has more than two classes, or the truth is of other studies.
     """
-    if len(predictions.classes) != 2:
-        raise DataError(
-            explain("planted truth", expected="a label of two classes", found=str(len(predictions.classes)), remedy="Leave it out.")
-        )
+    if len(predictions.classes) != 2 or predictions.answers is not None:
+        found = str(len(predictions.classes)) if predictions.answers is None else "several labels, or times"
+        raise DataError(explain("planted truth", expected="a label of two classes", found=found, remedy="Leave it out."))
     unknown = sum(int(uid) not in truth for uid in predictions.uid)
     if unknown:
         found = f"{unknown} of {predictions.num_studies} studies without truth"

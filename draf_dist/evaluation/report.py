@@ -1,11 +1,13 @@
 """report.html: the evaluation as one self-contained page that needs no network, no script and no server."""
 
 from draf_dist.evaluation import figures
-from draf_dist.evaluation.figures import MISSING
+from draf_dist.evaluation.figures import MISSING, Figure
+from draf_dist.evaluation.label_scores import LABEL_COLUMNS
 from draf_dist.evaluation.page import fill
-from draf_dist.evaluation.results import Cell, Evaluation
-from draf_dist.evaluation.scores import METRICS
+from draf_dist.evaluation.results import Cell, Evaluation, SplitResult
+from draf_dist.evaluation.scoring import TASKS
 from draf_dist.evaluation.statistics import Estimate
+from draf_dist.evaluation.time_figures import event_figure, survival_figure
 
 TEMPLATE = "report.html.j2"
 NOTHING = "–"
@@ -14,22 +16,29 @@ NOTHING = "–"
 def render(evaluation: Evaluation) -> str:
     """The page. All text goes through autoescape; a null is shown as a dash whose hint is its reason."""
     filters = {"number": number, "interval": interval, "signed": signed, "estimate": estimate_text}
-    sweep, modalities = evaluation.sweep, evaluation.about.modalities
+    sweep, modalities, task = evaluation.sweep, evaluation.about.modalities, TASKS[evaluation.about.task]
     return fill(
         "draf_dist.evaluation",
         TEMPLATE,
         filters,
         e=evaluation,
-        metrics=METRICS,
-        calibration=[figures.calibration_figure(split) for split in evaluation.splits],
-        selective=[figures.selective_figure(split) for split in evaluation.splits],
+        task=task,
+        metrics=task.metrics,
+        label_columns=LABEL_COLUMNS,
+        survival=[survival_figure(split.split, split.times) for split in evaluation.splits if split.times],
+        calibration=[_calibration(split) for split in evaluation.splits],
+        selective=[figures.selective_figure(split) for split in evaluation.splits if split.times is None],
         weights=figures.weight_figure(sweep, modalities) if sweep else None,
-        corruption=figures.corruption_figure(sweep, modalities) if sweep else None,
-        missing=figures.missing_figure(sweep) if sweep else None,
+        corruption=figures.corruption_figure(sweep, modalities, task) if sweep else None,
+        missing=figures.missing_figure(sweep, task) if sweep else None,
         cells=[cell for cell in sweep.cells if cell.operation not in MISSING] if sweep else [],
         missing_cells=[cell for cell in sweep.cells if cell.operation in MISSING] if sweep else [],
         worst=worst_loss(evaluation),
     )
+
+
+def _calibration(split: SplitResult) -> Figure:
+    return figures.calibration_figure(split) if split.times is None else event_figure(split.split, split.times)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -58,7 +67,8 @@ def estimate_text(estimate: Estimate, digits: int = 3) -> str:
 
 
 def worst_loss(evaluation: Evaluation) -> Cell | None:
-    """The cell with the largest loss of AUROC, certain or not."""
+    """The cell with the largest loss of the primary metric, certain or not."""
     cells = [] if evaluation.sweep is None else evaluation.sweep.cells
-    known = [cell for cell in cells if cell.metrics["auroc_difference"].value is not None]
-    return max(known, key=lambda cell: cell.metrics["auroc_difference"].value or 0.0, default=None)
+    difference = f"{TASKS[evaluation.about.task].primary}_difference"
+    known = [cell for cell in cells if cell.metrics[difference].value is not None]
+    return max(known, key=lambda cell: cell.metrics[difference].value or 0.0, default=None)

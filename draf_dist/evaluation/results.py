@@ -2,9 +2,13 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from draf_dist.evaluation.job import EvaluateJob
 from draf_dist.evaluation.statistics import Estimate
+from draf_dist.evaluation.task_scores import TaskName
 from draf_dist.metrics.temperature import Temperature
+from draf_dist.models.mc import Scope
 from draf_dist.schema.record import Record
 
 Metrics = dict[str, Estimate]
@@ -66,6 +70,62 @@ class RegretData(Record):
     posterior: Metrics
 
 
+class LabelResult(Record):
+    """One of several labels, over the studies in which it was observed.
+
+    metrics: of temperature-scaled probabilities. diagrams: raw and scaled. risk_coverage: of those with the label.
+    """
+
+    name: str
+    num_observed: int
+    num_positive: int
+    metrics: Metrics
+    ece_floor: Floor
+    diagrams: tuple[Diagram, ...]
+    risk_coverage: ClassCurveData
+
+
+class SurvivalCurve(Record):
+    """Survival of some studies: by Kaplan and Meier, with its 95 % interval, and the mean of what was predicted of them."""
+
+    name: str
+    num_studies: int
+    time: Curve
+    observed: Curve
+    low: Curve
+    high: Curve
+    predicted: Curve
+
+
+class EventBin(Record):
+    """Studies with about the same predicted probability, low to high, of an event; observed: 1 - S by Kaplan and Meier."""
+
+    low: float
+    high: float
+    count: int
+    predicted: float
+    observed: float | None
+
+
+class EventDiagram(Record):
+    """Calibration at one edge: bins of equal mass by the probability of an event up to `at`; calibration_error: their mean gap."""
+
+    at: float
+    scaled: bool
+    calibration_error: float | None
+    bins: tuple[EventBin, ...]
+
+
+class TimesResult(Record):
+    """What there is of times alone. edges, horizon (until when survival is scored): in `unit`. curves: temperature-scaled."""
+
+    unit: str
+    edges: tuple[float, ...]
+    horizon: float
+    curves: tuple[SurvivalCurve, ...]
+    diagrams: tuple[EventDiagram, ...]
+
+
 class Group(Record):
     """A part of a split: a site, or a pattern of present modalities. Metrics are of temperature-scaled probabilities."""
 
@@ -79,32 +139,39 @@ class Group(Record):
 
 
 class SplitResult(Record):
-    """One split, clean. raw and scaled: all metrics before and after temperature scaling."""
+    """One split, clean. raw and scaled: all metrics before and after temperature scaling.
+
+    class_counts: of About.classes. ece_floor, diagrams, risk_coverage and alarms are those of classes; labels and times take their
+    place where these are asked for.
+    """
 
     split: str
     num_studies: int
     num_unlabelled: int
     num_subjects: int
     class_counts: tuple[int, ...]
-    num_undefined_classes: int
+    num_undefined_classes: int = 0
     raw: Metrics
     scaled: Metrics
-    ece_floor: Floor
-    ece_class_one_floor: Floor | None
-    diagrams: tuple[Diagram, ...]
-    risk_coverage: tuple[ClassCurveData, ...]
-    alarms: AlarmCurveData | None
+    ece_floor: Floor = Floor(mean=None, high=None)
+    ece_class_one_floor: Floor | None = None
+    diagrams: tuple[Diagram, ...] = ()
+    risk_coverage: tuple[ClassCurveData, ...] = ()
+    alarms: AlarmCurveData | None = None
     reliability: dict[str, float | None]
     by_site: tuple[Group, ...]
     by_pattern: tuple[Group, ...]
     regret: RegretData | None = None
+    labels: tuple[LabelResult, ...] = Field((), exclude_if=lambda labels: not labels)
+    times: TimesResult | None = Field(None, exclude_if=lambda times: times is None)
 
 
 class Cell(Record):
     """One corruption, or one removal, against the same studies clean.
 
     operation and level as in the spec; modality: the one hit, or "all". metrics: auroc, nll and others when corrupted, and
-    auroc_difference, nll_difference (clean - corrupted, paired), auroc_drop_percent = 100 (clean - corrupted) / clean.
+    auroc_difference, nll_difference (clean - corrupted, paired), auroc_drop_percent = 100 (clean - corrupted) / clean; of times
+    c_index in place of auroc.
     reliability, corruption_probability: means over the studies in which the modality is present.
     """
 
@@ -152,7 +219,11 @@ class Signal(Record):
 
 
 class About(Record):
-    """What was evaluated. settings: the resolved job of the evaluation."""
+    """What was evaluated. settings: the resolved job of the evaluation.
+
+    classes: what class_counts counts: classes; of several labels each, of times censored and event. mc_scope: what the passes
+    draw anew, all dropout or that of the heads alone.
+    """
 
     run: str
     job_name: str
@@ -166,6 +237,8 @@ class About(Record):
     label: str
     classes: tuple[str, ...]
     settings: EvaluateJob
+    task: TaskName = Field("class", exclude_if=lambda task: task == "class")
+    mc_scope: Scope = Field("full", exclude_if=lambda scope: scope == "full")
 
 
 class Evaluation(Record):

@@ -9,7 +9,9 @@ import torch
 from draf_dist.data.corruption import AnyOperation, Missing, MissingNotAtRandom, Swap, severity
 from draf_dist.data.corruption.missing import with_present
 from draf_dist.evaluation.compare import Reference, compare
-from draf_dist.evaluation.describe import Context, describe_regret, masked_means, mean_reliability
+from draf_dist.evaluation.context import Context
+from draf_dist.evaluation.describe import masked_means, mean_reliability
+from draf_dist.evaluation.describe_classes import describe_regret
 from draf_dist.evaluation.job import SweepSettings
 from draf_dist.evaluation.parts import REMOVALS, Condition
 from draf_dist.evaluation.predictions import ALL, CLEAN, Applied, Predictions

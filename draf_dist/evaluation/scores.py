@@ -1,21 +1,12 @@
-"""Which numbers are reported of a set of predictions, under which names, and how to read each."""
+"""Which numbers are reported of predictions of a class, under which names, and how to read each."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from draf_dist.evaluation.task_scores import MetricInfo
 from draf_dist.metrics import calibration, classification, selective
-from draf_dist.metrics.classification import Floats, Integers
-
-
-@dataclass(frozen=True)
-class MetricInfo:
-    """Title and one line of explanation of a metric; `better` is the direction of a good value, "" where there is none."""
-
-    title: str
-    better: str
-    meaning: str
-
+from draf_dist.metrics.classification import Flags, Floats, Integers
 
 METRICS = {
     "auroc": MetricInfo(
@@ -43,6 +34,8 @@ METRICS = {
     ),
 }
 SHORT = ("auroc", "auprc", "accuracy", "nll", "brier", "ece")
+COLUMNS = ("auroc", "accuracy", "nll", "ece")
+PRIMARY = "auroc"
 
 
 @dataclass(frozen=True)
@@ -56,6 +49,26 @@ class Scored:
     def rows(self, index: Integers) -> "Scored":
         """Some of the studies, with repeats if asked for."""
         return Scored(self.probability[index], self.label[index], self.epistemic[index])
+
+    def short(self) -> dict[str, float]:
+        """The metrics of tables with many rows."""
+        return short_scores(self)
+
+    def all(self, *, threshold: float, risk: float) -> dict[str, float]:
+        """Every metric."""
+        return all_scores(self, threshold=threshold, risk=risk)
+
+    def pointwise_nll(self) -> Floats:
+        """-ln p_y of every study, in nats, (n,)."""
+        return calibration.pointwise_negative_log_likelihood(self.probability, self.label)
+
+    def primary_of_resamples(self, counts: Floats) -> Floats:
+        """AUROC of R resamples, (R,)."""
+        return classification.auroc_of_resamples(self.probability, self.label, counts)
+
+    def right(self) -> Flags:
+        """Whether the most probable class is the label, (n,)."""
+        return np.asarray(classification.predicted_class(self.probability) == self.label, dtype=np.bool_)
 
 
 def short_scores(scored: Scored) -> dict[str, float]:

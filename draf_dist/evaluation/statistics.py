@@ -47,14 +47,14 @@ class Resamples:
         """subject: (n,), any integers; rows with the same one belong together."""
         _, index = np.unique(subject, return_inverse=True)
         order = np.argsort(index, kind="stable")
-        self._replicates, self._seed = replicates, seed
+        self._replicates, self.seed = replicates, seed
         self.num_rows = len(subject)
         self.num_subjects = int(index.max()) + 1 if len(subject) else 0
         self._rows_of = np.split(order, np.cumsum(np.bincount(index))[:-1]) if len(subject) else []
 
     def __iter__(self) -> Iterator[Rows]:
         """Row indices of every replicate."""
-        generator = np.random.default_rng(self._seed)
+        generator = np.random.default_rng(self.seed)
         one_row_each = self.num_rows == self.num_subjects
         single = np.array([rows[0] for rows in self._rows_of], dtype=np.int64) if one_row_each else None
         for _ in range(self._replicates if self.num_subjects else 0):

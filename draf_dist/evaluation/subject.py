@@ -8,6 +8,7 @@ from draf_dist.data.normalise import Normaliser
 from draf_dist.data.release import Release, open_release
 from draf_dist.errors import SpecError, explain
 from draf_dist.models.export import DESCRIPTION, REQUIRED_FILES, ExportedModel, read_model
+from draf_dist.objectives.cox import CoxObjectiveConfig
 from draf_dist.training.job import FinetuneJob
 from draf_dist.training.run_folder import MODEL, RunFolder, open_run
 
@@ -30,6 +31,12 @@ class Subject:
     def normaliser(self) -> Normaliser:
         """With the statistics that the model carries: those of its own training data, whatever release it meets."""
         return Normaliser(self.release.schema, self.exported.stats)
+
+    @property
+    def only_ranks(self) -> bool:
+        """Whether its hazards were trained to rank alone: then the order of risks means something, and no probability does."""
+        objective = self.job.objective
+        return isinstance(objective, CoxObjectiveConfig) and objective.lambda_nll == 0
 
     @property
     def model_sha256(self) -> str:

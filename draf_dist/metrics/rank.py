@@ -28,7 +28,11 @@ def risk_score_warning(name: str, uncertainty: Floats, risk: Floats, *, largest:
     modality that raises the alarm. name: of the modality. uncertainty, risk: U and p of validation (n,), not a number where the
     modality is absent.
     """
-    correlation = spearman(uncertainty, risk)
+    return correlation_warning(name, spearman(uncertainty, risk), largest=largest)
+
+
+def correlation_warning(name: str, correlation: float, *, largest: float = LARGEST_CORRELATION) -> str | None:
+    """The same of a correlation that is known already; None of one that is not a number."""
     if not abs(correlation) > largest:
         return None
     silenced = "that raises the alarm" if correlation > 0 else "where it sees no risk"

@@ -12,6 +12,9 @@ import numpy as np
 from draf_dist.metrics.calibration import SMALLEST_PROBABILITY
 from draf_dist.metrics.classification import Flags, Floats, Integers, mean_or_nan
 
+# Studies whose pairs with all others are held at once.
+_BLOCK = 256
+
 
 def survival_function(hazard: Floats) -> Floats:
     """S_k = prod over j <= k of (1 - h_j): the probability of outliving interval k, from hazards (n, K) in [0, 1]. (n, K)."""
@@ -42,10 +45,15 @@ def survival_negative_log_likelihood(hazard: Floats, interval: Integers, event: 
 
     The likelihood itself: the weight of losses/survival.py plays no part.
     """
+    return mean_or_nan(pointwise_survival_negative_log_likelihood(hazard, interval, event))
+
+
+def pointwise_survival_negative_log_likelihood(hazard: Floats, interval: Integers, event: Flags) -> Floats:
+    """The same of every study, (n,)."""
     survival = np.concatenate([np.ones((len(hazard), 1)), survival_function(hazard)], axis=1)
     rows = np.arange(len(hazard))
     likelihood = np.where(event, survival[rows, interval] * hazard[rows, interval], survival[rows, interval + 1])
-    return mean_or_nan(-np.log(np.maximum(likelihood, SMALLEST_PROBABILITY)))
+    return np.asarray(-np.log(np.maximum(likelihood, SMALLEST_PROBABILITY)), dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ def concordance_index(time: Floats, event: Flags, risk: Floats) -> float:
     Two events at one time are not comparable. Equal risks count one half; equal means equal, to the last bit (scikit-survival:
     to 1e-8). NaN without a comparable pair. In O(n log n).
     """
-    return _concordance(time, event, risk, np.ones(len(time)))
+    return weighted_concordance(time, event, risk, np.ones(len(time)))
 
 
 def concordance_index_ipcw(time: Floats, event: Flags, risk: Floats, censoring: Censoring, *, tau: float = np.inf) -> float:
@@ -94,10 +102,15 @@ def concordance_index_ipcw(time: Floats, event: Flags, risk: Floats, censoring: 
     So it does not depend on how these studies were censored, as long as that has nothing to do with the risk (Uno et al. 2011).
     NaN where G is 0 or not known at an event before tau.
     """
+    return weighted_concordance(time, event, risk, concordance_weights(time, event, censoring, tau=tau))
+
+
+def concordance_weights(time: Floats, event: Flags, censoring: Censoring, *, tau: float = np.inf) -> Floats:
+    """1 / G(t_i)^2 of an event before tau, 0 of all others; NaN where G is 0 or not known. (n,)."""
     weight = np.zeros(len(time))
     counts = event & (time < tau)
     weight[counts] = _inverse(censoring.at(time[counts])) ** 2
-    return _concordance(time, event, risk, weight)
+    return weight
 
 
 def brier_score(time: Floats, event: Flags, survival: Floats, times: Floats, censoring: Censoring) -> Floats:
@@ -106,19 +119,29 @@ def brier_score(time: Floats, event: Flags, survival: Floats, times: Floats, cen
     The mean over studies of S(t)^2 / G(t_i) where the event was at t_i <= t, (1 - S(t))^2 / G(t) where t_i > t, and 0 where it was
     censored before. NaN where a G that counts is 0 or not known.
     """
+    every = pointwise_brier_score(time, event, survival, times, censoring)
+    return np.array([mean_or_nan(column) for column in every.T], dtype=np.float64)
+
+
+def pointwise_brier_score(time: Floats, event: Flags, survival: Floats, times: Floats, censoring: Censoring) -> Floats:
+    """What every study adds to BS(t), (n, J)."""
     died = event[:, None] & (time[:, None] <= times)
     alive = time[:, None] > times
     of_died = np.where(died, survival**2 * _inverse(censoring.at(time))[:, None], 0.0)
     of_alive = np.where(alive, (1 - survival) ** 2 * _inverse(censoring.at(times)), 0.0)
-    return np.array([mean_or_nan(column) for column in (of_died + of_alive).T], dtype=np.float64)
+    return np.asarray(of_died + of_alive, dtype=np.float64)
 
 
 def integrated_brier_score(time: Floats, event: Flags, survival: Floats, times: Floats, censoring: Censoring) -> float:
     """BS(t) integrated over rising times (J,) by the trapezoidal rule, divided by their span; NaN of fewer than two."""
     if len(times) < 2:
         return float("nan")
-    scores = brier_score(time, event, survival, times, censoring)
-    return float(np.trapezoid(scores, times) / (times[-1] - times[0]))
+    return float(integrated_over(times, brier_score(time, event, survival, times, censoring)))
+
+
+def integrated_over(times: Floats, scores: Floats) -> Floats:
+    """Scores (..., J) at rising times (J,) integrated by the trapezoidal rule, divided by their span. (...)."""
+    return np.asarray(np.trapezoid(scores, times) / (times[-1] - times[0]), dtype=np.float64)
 
 
 def _inverse(probability: Floats) -> Floats:
@@ -126,7 +149,7 @@ def _inverse(probability: Floats) -> Floats:
     return np.asarray(1 / np.where(probability > 0, probability, np.nan), dtype=np.float64)
 
 
-def _concordance(time: Floats, event: Flags, risk: Floats, weight: Floats) -> float:
+def weighted_concordance(time: Floats, event: Flags, risk: Floats, weight: Floats) -> float:
     """Pairs won, a tie being half a pair, over all comparable pairs; a pair weighs what its earlier event (n,) does."""
     # The latest first and, of one time, the censored first: then whom an event is compared with are the first `stop` of all.
     order = np.lexsort((event, -time))
@@ -137,6 +160,21 @@ def _concordance(time: Floats, event: Flags, risk: Floats, weight: Floats) -> fl
     below, up_to = (_count_below(rank[order], stop[event], rank[event] + more) for more in (0, 1))
     comparable = float(np.sum(weight[event] * stop[event]))
     return float(np.sum(weight[event] * (below + up_to))) / (2 * comparable) if comparable != 0 else float("nan")
+
+
+def concordance_of_resamples(time: Floats, event: Flags, risk: Floats, counts: Floats) -> Floats:
+    """`concordance_index` of R resamples at once; counts (R, n) says how often each study occurs in each of them. (R,).
+
+    A study that is drawn twice is no pair with itself: its copies have one time. In blocks, so that memory rises with n alone.
+    """
+    won, comparable = (np.zeros(len(counts)) for _ in range(2))
+    for start in range(0, len(time), _BLOCK):
+        first = slice(start, start + _BLOCK)
+        pairs = event[first, None] & ((time > time[first, None]) | (~event & (time == time[first, None])))
+        score = pairs * ((risk < risk[first, None]) + 0.5 * (risk == risk[first, None]))
+        comparable += np.sum(counts[:, first] * (counts @ pairs.T.astype(np.float64)), axis=1)
+        won += np.sum(counts[:, first] * (counts @ score.T), axis=1)
+    return np.asarray(np.divide(won, comparable, out=np.full(len(counts), np.nan), where=comparable > 0), dtype=np.float64)
 
 
 def _count_below(values: Integers, stop: Integers, bound: Integers) -> Integers:

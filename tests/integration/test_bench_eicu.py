@@ -40,3 +40,20 @@ def test_two_folds_of_real_hospitals(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert 0.77 < regression.metrics["auroc"].value < 0.86
     assert mean.metrics["auroc"].value > 0.6
     assert regression.differences["auroc"].low < regression.differences["auroc"].high
+
+
+def test_the_zoo_disturbs_the_fold_in_every_way_of_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = public_data.folder("eicu_demo")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DRAF_SUBJECT_KEY", "sixteen or more bytes of key")
+    command = ["bench", "jobs/bench_zoo_eicu.yaml", "--raw", str(raw), "--out", str(tmp_path), "--executor", "serial"]
+    zoo = "systems={mean: {model: {kind: mean, width: 8}}, severity_rejection: {model: {kind: severity_rejection}}}"
+    for setting in (*TINY, zoo, "seeds=[0]"):
+        command += ["--set", setting]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    found = Bench.model_validate_json((tmp_path / "bench.json").read_text())
+    assert [condition.name for condition in found.conditions] == ["clean", "sigma_10", "half_sigma_3", "swap", "mcar_50", "mnar_30"]
+    regression = {condition.name: condition.rows[2].metrics["auroc"].value for condition in found.conditions}
+    # Nothing that was done to the fold helps, and what is left still says something.
+    assert all(0.5 < value < regression["clean"] for name, value in regression.items() if name != "clean"), regression

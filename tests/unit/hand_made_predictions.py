@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from draf_dist.evaluation.compare import Reference, compare
-from draf_dist.evaluation.describe import Context, describe_split
+from draf_dist.evaluation.context import Context
+from draf_dist.evaluation.describe import describe_split
 from draf_dist.evaluation.job import EvaluateJob
 from draf_dist.evaluation.predictions import Applied, Predictions
 from draf_dist.evaluation.results import About, Cell, Evaluation, Sweep

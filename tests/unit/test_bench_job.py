@@ -1,13 +1,17 @@
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from planted_wards import write_job
 
+from draf_dist.config.spec import Spec
 from draf_dist.errors import SpecError
-from draf_dist.evaluation.baselines import LogisticRegressionConfig
+from draf_dist.evaluation.baselines import ClassBaseline, Corrupted, LogisticRegressionConfig
 from draf_dist.evaluation.bench_cell import Cell
-from draf_dist.evaluation.bench_job import load_bench_job
+from draf_dist.evaluation.bench_job import BenchJob, load_bench_job
+from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.models.fusion.mean import MeanConfig
 
@@ -78,3 +82,70 @@ def test_a_cell_is_named_by_what_decides_its_numbers(tmp_path: Path) -> None:
     ]
     assert len({first.identity, *(each.identity for each in changed)}) == 1 + len(changed)
     assert first.url == f"out/cells/draf/fold-0-seed-0-{first.identity[:8]}"
+
+
+def test_a_condition_changes_no_cell(tmp_path: Path) -> None:
+    plain = load(tmp_path)
+    more = load(tmp_path, "conditions={mcar: {operation: {kind: missing, grid: [0, 0.5]}}}")
+    assert cell(tmp_path).identity == replace(cell(tmp_path), conditions=tuple(more.conditions.items())).identity
+    assert "conditions" not in plain.model_dump(mode="json")
+    assert LogisticRegressionConfig().model_dump(mode="json").keys() == {"kind", "inverse_penalties"}
+    with pytest.raises(SpecError, match="the condition clean is always there"):
+        load(tmp_path, "conditions={clean: {operation: {kind: missing, grid: [0, 0.5]}}}")
+
+
+def test_an_override_of_one_system_leaves_those_of_the_same_anchor_alone(tmp_path: Path) -> None:
+    path = tmp_path / "bench.yaml"
+    systems = (
+        "systems: {one: {model: &model {kind: mean, width: 8}}, two: {model: *model}, three: {model: {<<: *model, kind: mda}}}"
+    )
+    path.write_text(f"name: anchors\ncard: {tmp_path}/card.yaml\n{systems}\nreference: one\n")
+    jobs = load_bench_job(path, ["systems.one.model.width=4"]).jobs("x")
+    assert {name: job.model.width for name, job in jobs.items()} == {"one": 4, "two": 8, "three": 8}
+    assert jobs["three"].model.kind == "mda"
+
+
+@pytest.fixture
+def zoo() -> BenchJob:
+    return load_bench_job(Path(__file__).resolve().parents[2] / "jobs" / "bench_zoo_eicu.yaml")
+
+
+def kinds(union: Any) -> set[str]:
+    members = get_args(get_args(union)[0])
+    return {member.model_fields["kind"].default for member in members}
+
+
+def test_the_zoo_has_every_kind_of_fusion_model_and_baseline(zoo: BenchJob) -> None:
+    """A new model is not forgotten there."""
+    assert {job.model.kind for job in zoo.jobs("zoo").values()} == kinds(FusionConfig)
+    of_classes = {member.model_fields["kind"].default for member in get_args(ClassBaseline)}
+    assert {baseline.kind for baseline in zoo.baselines} == of_classes
+
+
+def test_the_zoo_is_fair(zoo: BenchJob) -> None:
+    """What a system may differ in is what it is: its model, its loss, how often it is asked; not data, law, schedule or dropout."""
+    jobs = zoo.jobs("zoo")
+    own = {"name", "model", "objective", "passes_train"}
+    shared = [job.model_dump(mode="json", exclude=own) for job in jobs.values()]
+    assert all(each == shared[0] for each in shared)
+    rates = {name: set(dropouts(job.model)) for name, job in jobs.items()}
+    assert rates == dict.fromkeys(jobs, {0.2})
+    assert all(any(value for _, value in found(job.model, "presence_bits")) for job in jobs.values())
+    assert all(value for _, value in found(jobs["early"].model, "observed_bits"))
+    law = jobs["mean_mc"].corruption
+    assert [baseline.corrupted for baseline in zoo.baselines] == [Corrupted(law=law, copies=4)] * len(zoo.baselines)
+
+
+def dropouts(spec: Spec) -> Iterator[float]:
+    yield from (value for name, value in found(spec, "dropout") if isinstance(value, float))
+
+
+def found(spec: Spec, name: str) -> Iterator[tuple[str, Any]]:
+    """Values of the fields whose name ends so, in a spec and all within it but for encoders of images, which it has none of."""
+    for field, value in spec:
+        if field in ("image", "volume"):
+            continue
+        if isinstance(value, Spec):
+            yield from found(value, name)
+        elif field.endswith(name):
+            yield field, value

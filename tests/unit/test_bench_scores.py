@@ -7,12 +7,13 @@ from hand_made_predictions import studies
 from draf_dist.errors import DataError
 from draf_dist.evaluation.bench_scores import (
     Pooled,
-    auroc_by_fold,
-    auroc_by_seed,
     differences_of,
     floor_of,
     metrics_of,
+    over_seeds,
     pool,
+    primary_by_fold,
+    primary_by_seed,
     replicate,
 )
 from draf_dist.evaluation.predictions import concatenate
@@ -62,8 +63,36 @@ def test_numbers_are_the_mean_over_seeds_and_not_those_of_an_ensemble(labels: np
     seeds = (pooled(scores, labels), pooled(1 - scores, labels))
     found = metrics_of(replicate({"both": seeds}, resamples(len(labels)))["both"])
     assert found["auroc"].value == pytest.approx(0.5)
-    assert (found["auroc"].low, found["auroc"].high) == pytest.approx((0.5, 0.5))
-    assert sum(auroc_by_seed(seeds)) == pytest.approx(1)
+    assert sum(primary_by_seed(seeds)) == pytest.approx(1)
+
+
+def test_the_interval_is_over_training_seeds_too() -> None:
+    # Two seeds that differ by 1 on every study: a resample holds none, one or two of the second with chance 1/4, 1/2, 1/4.
+    found = over_seeds(np.stack([np.zeros(4001), np.ones(4001)]), seed=0)
+    assert found[0] == 0.5
+    assert [np.mean(found[1:] == share) for share in (0, 0.5, 1)] == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
+
+
+def test_one_seed_leaves_the_subjects_alone() -> None:
+    values = np.random.default_rng(0).random((1, 50))
+    assert np.array_equal(over_seeds(values, seed=5), values[0])
+
+
+def test_systems_meet_the_same_seeds_so_that_what_they_share_cancels(labels: np.ndarray, scores: np.ndarray) -> None:
+    seeds = [pooled(scores, labels), pooled(scores**2, labels)]
+    shifted = [
+        replace(each, probability=np.stack([1 - each.probability[:, 1] / 2, each.probability[:, 1] / 2], 1)) for each in seeds
+    ]
+    found = replicate({"a": seeds, "b": shifted}, resamples(len(labels)))
+    auroc_difference = differences_of(found["a"], found["b"])["auroc"]
+    assert (auroc_difference.value, auroc_difference.low, auroc_difference.high) == (0, 0, 0)
+
+
+def test_a_seed_that_is_not_drawn_may_be_undefined() -> None:
+    values = np.stack([np.zeros(41), np.full(41, np.nan)])
+    found = over_seeds(values, seed=0)
+    assert np.isnan(found[0])
+    assert 0 < np.isnan(found[1:]).sum() < 40
 
 
 def test_the_interval_is_over_subjects_whose_studies_stay_together(labels: np.ndarray, scores: np.ndarray) -> None:
@@ -79,7 +108,7 @@ def test_the_interval_is_over_subjects_whose_studies_stay_together(labels: np.nd
 
 def test_folds_are_scored_apart(labels: np.ndarray, scores: np.ndarray) -> None:
     fold = np.arange(200) % 2
-    by_fold = auroc_by_fold((pooled(scores, labels, fold),), 2)
+    by_fold = primary_by_fold((pooled(scores, labels, fold),), 2)
     both = pooled(scores, labels).probability
     assert by_fold == pytest.approx([auroc(both[fold == k], labels[fold == k]) for k in (0, 1)])
 
