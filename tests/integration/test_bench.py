@@ -108,7 +108,9 @@ def test_changing_one_system_repeats_its_cells_alone(finished: tuple[Path, Bench
     assert heard.cells == ["draf, fold 0, seed 0", "draf, fold 1, seed 0"]
     after = written(folder / "out")
     assert all(after[path] == before[path] for path in before if path not in ("bench.json", "results.md"))
-    assert (changed.rows[0], changed.rows[2]) == (bench.rows[0], bench.rows[2])
+    # Holm's p of every row is corrected for what the other rows are.
+    of_others = [[row.model_copy(update={"holm": {}}) for row in (found.rows[0], found.rows[2])] for found in (changed, bench)]
+    assert of_others[0] == of_others[1]
     assert run(folder)[0] == bench
 
 
