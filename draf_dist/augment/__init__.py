@@ -11,7 +11,7 @@ from draf_dist.augment.gibbs_ringing import GibbsRinging
 from draf_dist.augment.intensity import Intensity
 from draf_dist.augment.k_space import KSpaceUndersampling
 from draf_dist.augment.poisson_noise import PoissonNoise
-from draf_dist.augment.presets import Acquisition, CtPreset, CxrPreset, MriPreset, Preset, PresetConfig
+from draf_dist.augment.presets import Acquisition, AnyViews, CtPreset, CxrPreset, MriPreset, Preset
 from draf_dist.augment.rician_noise import RicianNoise
 from draf_dist.augment.rotate_scale import RotateScale
 from draf_dist.augment.transform import Parameters, Transform
@@ -20,6 +20,7 @@ from draf_dist.augment.window import Window
 
 __all__ = [
     "Acquisition",
+    "AnyViews",
     "BeamHardening",
     "BiasField",
     "CtPreset",
@@ -35,7 +36,6 @@ __all__ = [
     "Parameters",
     "PoissonNoise",
     "Preset",
-    "PresetConfig",
     "RandomCrop",
     "RicianNoise",
     "RotateScale",

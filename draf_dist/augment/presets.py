@@ -1,8 +1,9 @@
 """Views for each modality, from the scanner to the encoder: what its acquisition may have done, the patient's posture, the rest."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from draf_dist.augment.beam_hardening import BeamHardening
@@ -19,7 +20,7 @@ from draf_dist.augment.poisson_noise import PoissonNoise
 from draf_dist.augment.rician_noise import RicianNoise
 from draf_dist.augment.rotate_scale import RotateScale
 from draf_dist.augment.transform import Applied, Parameters, in_blocks
-from draf_dist.augment.views import View, Views, refuse_twice, view_keys
+from draf_dist.augment.views import View, Views, ViewsConfig, refuse_twice, view_keys
 from draf_dist.augment.warp import warp
 from draf_dist.augment.window import Window
 from draf_dist.config.spec import Spec
@@ -114,4 +115,16 @@ class CxrPreset(Preset):
     transforms: tuple[StandardTransform, ...] = (Intensity(), GaussianNoise(), CuboidMask())
 
 
-PresetConfig = Annotated[CtPreset | MriPreset | CxrPreset, Field(discriminator="kind")]
+def _kind(value: object) -> str:
+    """Views that are listed one by one have no kind."""
+    return str(value.get("kind", "none")) if isinstance(value, Mapping) else getattr(value, "kind", "none")
+
+
+# What a job says: the views one by one, or a preset by its kind.
+AnyViews = Annotated[
+    Annotated[ViewsConfig, Tag("none")]
+    | Annotated[CtPreset, Tag("ct")]
+    | Annotated[MriPreset, Tag("mri")]
+    | Annotated[CxrPreset, Tag("cxr")],
+    Discriminator(_kind),
+]

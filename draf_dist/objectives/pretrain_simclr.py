@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from draf_dist import noise
-from draf_dist.augment import ViewsConfig
+from draf_dist.augment import AnyViews, Views, ViewsConfig
 from draf_dist.config.spec import Spec
 from draf_dist.losses.gather import Embeddings, Gather, one_process
 from draf_dist.losses.nt_xent import nt_xent
@@ -19,6 +19,9 @@ from draf_dist.objectives.pretrain_modality import encoder_config, no_picture, p
 from draf_dist.schema.batch import Batch, ClassTarget, Term
 from draf_dist.schema.modality import DataSchema, ImageSpec
 
+# (mean, deviation) of the training images, f32 scalars: what a scanner does, a preset does to stored values.
+Scale = tuple[Tensor, Tensor]
+AS_STORED: Scale = (torch.tensor(0.0, device="cpu"), torch.tensor(1.0, device="cpu"))
 ACCURACIES = ("region_accuracy", "protocol_accuracy_f", "protocol_accuracy_g")
 
 
@@ -31,15 +34,15 @@ class SimclrConfig(Spec):
 
     kind: Literal["simclr"] = "simclr"
     modality: str
-    views: ViewsConfig = ViewsConfig()
+    views: AnyViews = ViewsConfig()
     tau: float = Field(0.1, gt=0)
     lambda_region: float = Field(0.2, ge=0)
     lambda_protocol: float = Field(0.2, ge=0)
     protocol_adversarial: bool = False
 
-    def build(self, seed: int, gather: Gather = one_process) -> "SimclrObjective":
-        """The objective. seed: of the views. gather: the rows of all ranks."""
-        return SimclrObjective(self, seed, gather)
+    def build(self, seed: int, gather: Gather = one_process, scale: Scale = AS_STORED) -> "SimclrObjective":
+        """The objective. seed: of the views. gather: the rows of all ranks. scale: with which the images were standardised."""
+        return SimclrObjective(self, seed, gather, scale)
 
     def network(self, schema: DataSchema, encoder: EncoderConfig | None, width: int) -> ContrastiveNet:
         """The network that the objective trains.
@@ -60,8 +63,8 @@ class SimclrObjective:
     region_accuracy, protocol_accuracy_f, protocol_accuracy_g: shares, of scale 0. All are means over both views.
     """
 
-    def __init__(self, config: SimclrConfig, seed: int, gather: Gather) -> None:
-        self.config, self.seed, self.gather = config, seed, gather
+    def __init__(self, config: SimclrConfig, seed: int, gather: Gather, scale: Scale) -> None:
+        self.config, self.seed, self.gather, self.scale = config, seed, gather, scale
 
     def __call__(self, model: nn.Module, batch: Batch, keys: Tensor, /) -> dict[str, Term]:
         """All terms of a ContrastiveNet on a batch that is not cut into parts.
@@ -75,10 +78,16 @@ class SimclrObjective:
     def embed(self, model: nn.Module, batch: Batch, keys: Tensor) -> tuple[Embeddings, dict[str, Term]]:
         """Embeddings of both views, and the terms of the heads: the part of a step that looks at no other row."""
         image, valid = self._image(batch)
-        views = self.config.views.make(image, stream=self.config.modality, seed=self.seed, epoch=batch.epoch, uid=batch.uid)
+        views = self._views(image, batch)
         seen = self._both(model, (views.first.image, views.second.image), keys[0])
         embeddings = Embeddings(seen[0].embedding, seen[1].embedding, batch.uid, valid)
         return embeddings, self._heads(seen, ClassTarget(views.region, valid), ClassTarget(batch.site, valid))
+
+    def _views(self, image: Tensor, batch: Batch) -> Views:
+        make, stream = self.config.views, self.config.modality
+        if isinstance(make, ViewsConfig):
+            return make.make(image, stream=stream, seed=self.seed, epoch=batch.epoch, uid=batch.uid)
+        return make.make(image, scale=self.scale, stream=stream, seed=self.seed, epoch=batch.epoch, uid=batch.uid)
 
     def _both(self, model: nn.Module, images: tuple[Tensor, Tensor], keys: Tensor) -> list[ContrastiveOutput]:
         """What the network says of either view, each with a dropout of its own as it has parameters of its own."""

@@ -17,6 +17,7 @@ from draf_dist.losses.gather import AllGather, Gather, one_process
 from draf_dist.models.encoder_export import encoder_files
 from draf_dist.objectives.pretrain import PretrainObjective, build_network
 from draf_dist.objectives.pretrain_modality import encoder_config
+from draf_dist.objectives.pretrain_simclr import SimclrConfig
 from draf_dist.schema.batch import Batch, Term
 from draf_dist.schema.modality import ModalitySpec
 from draf_dist.training.backend import Backend
@@ -44,7 +45,13 @@ class Pretraining:
     @cached_property
     def objective(self) -> PretrainObjective:
         """What a step minimises."""
-        return self.job.objective.build(self.job.seed, self.gather)
+        return self._objective(self.job.seed)
+
+    def _objective(self, seed: int) -> PretrainObjective:
+        config = self.job.objective
+        if isinstance(config, SimclrConfig):
+            return config.build(seed, self.gather, self.normaliser.constants(config.modality, torch.empty(0, device=self.device)))
+        return config.build(seed, self.gather)
 
     @property
     def modality(self) -> ModalitySpec:
@@ -73,7 +80,7 @@ class Pretraining:
             DataError: nothing of the validation split counts, so that there is no loss.
             DrafError: the loss is not finite.
         """
-        objective = self.job.objective.build(EVALUATION_SEED, self.gather)
+        objective = self._objective(EVALUATION_SEED)
         was_training = module.training
         module.eval()
         with torch.no_grad():

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from draf_dist import noise
 from draf_dist.augment import (
+    AnyViews,
     BeamHardening,
     CtPreset,
     CuboidMask,
@@ -19,9 +20,9 @@ from draf_dist.augment import (
     MriPreset,
     PoissonNoise,
     Preset,
-    PresetConfig,
     RotateScale,
     Views,
+    ViewsConfig,
     Window,
 )
 from draf_dist.errors import SpecError
@@ -148,10 +149,12 @@ def test_presets_have_the_steps_and_ranges_of_the_specification() -> None:
 
 
 def test_a_preset_is_chosen_by_its_kind_and_survives_a_file() -> None:
-    chosen: TypeAdapter[Preset] = TypeAdapter(PresetConfig)
+    chosen: TypeAdapter[Preset | ViewsConfig] = TypeAdapter(AnyViews)
     for preset in PRESETS:
         assert chosen.validate_python(preset.model_dump()) == preset
+    assert chosen.validate_python({}) == chosen.validate_python(ViewsConfig().model_dump()) == ViewsConfig()
     cheap = chosen.validate_python({"kind": "ct", "acquisition": [{"kind": "cupping"}]})
+    assert isinstance(cheap, CtPreset)
     assert cheap.acquisition == (Cupping(),)
 
 
@@ -166,7 +169,7 @@ def test_a_preset_is_chosen_by_its_kind_and_survives_a_file() -> None:
 )
 def test_physics_of_another_modality_is_refused(tree: dict) -> None:
     with pytest.raises(ValidationError):
-        TypeAdapter(PresetConfig).validate_python(tree)
+        TypeAdapter(AnyViews).validate_python(tree)
 
 
 def test_a_step_listed_twice_is_refused() -> None:

@@ -7,7 +7,8 @@ import torch
 from model_inputs import pass_keys, small_batch, small_schema
 from torch import Tensor, nn
 
-from draf_dist.augment import ViewsConfig
+from draf_dist import noise
+from draf_dist.augment import CxrPreset, ViewsConfig
 from draf_dist.errors import SpecError
 from draf_dist.losses.gather import Embeddings
 from draf_dist.losses.nt_xent import nt_xent
@@ -180,3 +181,23 @@ def test_a_modality_that_is_no_image_is_refused(modality: str) -> None:
     batch = batch_of()
     with pytest.raises(SpecError, match="one of kind image or volume in the release"):
         SimclrConfig(modality=modality).build(seed=0)(small_net(), batch, pass_keys(batch, 1))
+
+
+def test_a_preset_changes_stored_values() -> None:
+    config = SimclrConfig.model_validate({"modality": "cxr", "views": {"kind": "cxr"}})
+    scale, batch = (torch.tensor(120.0), torch.tensor(40.0)), batch_of()
+    assert isinstance(config.views, CxrPreset)
+    image, _ = config.build(seed=0)._image(batch)
+    seen = config.views.make(image, scale=scale, stream="cxr", seed=0, epoch=batch.epoch, uid=batch.uid)
+    net = small_net(config=config)
+    expected = net(torch.cat([seen.first.image, seen.second.image]), own_keys(batch)).embedding.chunk(2)
+    rows, _ = config.build(seed=0, scale=scale).embed(net, batch, pass_keys(batch, 1))
+    assert torch.equal(rows.first, expected[0])
+    assert torch.equal(rows.second, expected[1])
+    other, _ = config.build(seed=0).embed(net, batch, pass_keys(batch, 1))
+    assert not torch.equal(rows.first, other.first)
+
+
+def own_keys(batch: Batch) -> Tensor:
+    keys = pass_keys(batch, 1)[0]
+    return torch.cat([noise.hash64(keys, torch.full_like(keys, view)) for view in (0, 1)])
