@@ -50,6 +50,8 @@ def evaluate(
     workers = workers_of(profile, run)
     if (masks := evaluate_masks(run, spec, workers.place.device, release_url=release)) is not None:
         print_json(masks.model_dump(mode="json")) if json else print_masks(masks)
+        if release is None and not json:
+            console.print(f"Numbers and picture: {run.rstrip('/')}/masks.json, masks.png", soft_wrap=True, highlight=False)
         return
     with termination_as_interrupt(), progress() as bar:
         task = bar.add_task("evaluating", total=None)
@@ -108,8 +110,11 @@ def print_masks(evaluation: "MaskEvaluation") -> None:
     rows = [("NLL", *(_cell(split.nll) for split in evaluation.splits))]
     for name in evaluation.splits[0].dice:
         rows.append((f"Dice, {name}", *(_cell(split.dice[name]) for split in evaluation.splits)))
-    for name in evaluation.splits[0].error_auroc:
-        rows.append((f"AUROC of errors by {name}", *(_cell(split.error_auroc[name]) for split in evaluation.splits)))
+    for zone, scores in evaluation.splits[0].zones.items():
+        rows.append((f"wrong voxels, {zone}", *(_cell(split.zones[zone].error_rate) for split in evaluation.splits)))
+        for name in scores.error_auroc:
+            found = (_cell(split.zones[zone].error_auroc[name]) for split in evaluation.splits)
+            rows.append((f"AUROC of errors by {name}, {zone}", *found))
     console.print(table("masks of whole volumes, with 95 % intervals over subjects", columns, rows))
 
 

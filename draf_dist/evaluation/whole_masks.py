@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from draf_dist.data.masks import BACKGROUND
 from draf_dist.data.tiles import Tile
 from draf_dist.data.whole_volumes import WholeVolume
 from draf_dist.metrics.segmentation import ErrorDetection, Overlap
@@ -20,6 +21,11 @@ from draf_dist.training.mask_scores import UNCERTAINTIES, StudyScore
 # One pass after the other: logits (B, K, D, H, W) of a batch as loaded.
 Passes = Callable[[Batch], Iterable[Tensor]]
 SMALLEST_PROBABILITY = 1e-12
+# Where errors are looked for. Background far from everything is right and certain, which makes them easy to find everywhere:
+# in `structures` are voxels that mask or prediction do not call background, in `borders` those near one of the mask.
+EVERYWHERE, STRUCTURES, BORDERS = ZONES = ("everywhere", "structures", "borders")
+# A voxel is near a border if another structure is at most so many voxels away along every axis.
+REACH = 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,14 @@ class WholeMaps:
 
     predicted: NDArray[np.int64]
     uncertainty: dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class VolumeScore:
+    """Of a volume with a mask. errors: by zone of ZONES, then by uncertainty; those of `everywhere` are the study's own."""
+
+    study: StudyScore
+    errors: dict[str, dict[str, ErrorDetection]]
 
 
 @torch.no_grad()
@@ -71,27 +85,49 @@ def _truth(volume: WholeVolume, batch: Batch, mean: Tensor) -> tuple[NDArray[np.
     return mask.numpy(), mean.gather(1, mask.clamp_min(0).unsqueeze(1))[:, 0].numpy()
 
 
-def volume_score(volume: WholeVolume, tiles: Iterable[TileMaps], num_structures: int) -> StudyScore:
+def volume_score(volume: WholeVolume, tiles: Iterable[TileMaps], num_structures: int) -> VolumeScore:
     """The score of a volume with a mask: counts of its tiles, added up over all voxels of which the mask says something.
 
     Raises:
         ValueError: it has no mask.
     """
+    if volume.mask is None:
+        raise ValueError("a volume without a mask has no score")
+    borders = near_borders(volume.mask[0])
     nothing = np.zeros(0, dtype=np.int64)
-    overlap, errors = Overlap.of(nothing, nothing, num_structures), dict[str, ErrorDetection]()
-    surprise, num_known = 0.0, 0
+    overlap, surprise, num_known = Overlap.of(nothing, nothing, num_structures), 0.0, 0
+    errors: dict[str, dict[str, ErrorDetection]] = {zone: {} for zone in ZONES}
     for maps in tiles:
-        if maps.truth is None or maps.truth_probability is None:
-            raise ValueError("a volume without a mask has no score")
+        assert maps.truth is not None  # there is a mask
+        assert maps.truth_probability is not None
         known = maps.truth != IGNORED
-        predicted, truth = maps.predicted[known], maps.truth[known]
-        overlap += Overlap.of(predicted, truth, num_structures)
+        overlap += Overlap.of(maps.predicted[known], maps.truth[known], num_structures)
         surprise -= float(np.log(maps.truth_probability[known].astype(np.float64).clip(SMALLEST_PROBABILITY)).sum())
-        num_known += len(truth)
-        for name, values in maps.uncertainty.items():
-            found = ErrorDetection.of(values[known], predicted != truth)
-            errors[name] = errors[name] + found if name in errors else found
-    return StudyScore(int(volume.row.uid[0]), surprise / max(num_known, 1), overlap, errors)
+        num_known += int(known.sum())
+        is_structure = (maps.truth != BACKGROUND) | (maps.predicted != BACKGROUND)
+        places = {EVERYWHERE: known, STRUCTURES: known & is_structure, BORDERS: known & borders[maps.tile.place]}
+        for zone, place in places.items():
+            _add_errors(errors[zone], maps, place)
+    return VolumeScore(StudyScore(int(volume.row.uid[0]), surprise / max(num_known, 1), overlap, errors[EVERYWHERE]), errors)
+
+
+def _add_errors(errors: dict[str, ErrorDetection], maps: TileMaps, place: NDArray[np.bool_]) -> None:
+    """Adds the voxels of a tile that lie in a zone."""
+    wrong = (maps.predicted != maps.truth)[place]
+    for name, values in maps.uncertainty.items():
+        found = ErrorDetection.of(values[place], wrong)
+        errors[name] = errors[name] + found if name in errors else found
+
+
+def near_borders(mask: NDArray[np.integer], reach: int = REACH) -> NDArray[np.bool_]:
+    """Voxels with another structure at most `reach` voxels away along every axis; mask (D, H, W), IGNORED is no structure."""
+    # Not part of every process that loads this file: it takes a moment to import.
+    from scipy import ndimage
+
+    side, known = 2 * reach + 1, mask != IGNORED
+    highest = ndimage.maximum_filter(mask, side)  # IGNORED is below every structure
+    lowest = ndimage.minimum_filter(np.where(known, mask, np.iinfo(mask.dtype).max), side)
+    return np.asarray(known & (highest > lowest), dtype=np.bool_)
 
 
 def whole_maps(volume: WholeVolume, tiles: Iterable[TileMaps]) -> WholeMaps:

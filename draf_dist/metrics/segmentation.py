@@ -86,6 +86,20 @@ class ErrorDetection:
         """Half the share of pairs of a wrong and a right voxel that lie in one bin; NaN without both."""
         return self._share(np.sum(self.wrong * (self.right / 2.0)))
 
+    @property
+    def num_voxels(self) -> int:
+        """How many were counted."""
+        return int(self.right.sum() + self.wrong.sum())
+
+    def risk(self, coverage: float) -> float:
+        """The share of wrong ones among the most certain voxels, `coverage` in (0, 1] of all; NaN without voxels.
+
+        Within a bin any order is as good as another: errors are spread evenly over it, as metrics/selective.py does with ties.
+        """
+        kept = coverage * self.num_voxels
+        voxels, wrong = (np.concatenate([[0], np.cumsum(counts)]) for counts in (self.right + self.wrong, self.wrong))
+        return float(np.interp(kept, voxels, wrong)) / kept if kept else float("nan")
+
     def _share(self, pairs: np.float64) -> float:
         of = float(self.right.sum()) * float(self.wrong.sum())
         return float(pairs) / of if of else float("nan")

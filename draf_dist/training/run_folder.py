@@ -28,7 +28,10 @@ MODEL = "model"
 # What runs had instead of attempts/ before attempts were numbered.
 TOKEN = "attempt"
 # Everything that a run, its evaluations and the gate write; --fresh removes this, but for the attempts, and nothing else.
-EVALUATED = ("predictions", "evaluation.json", "report.html", "evaluations", "evaluating", "verdict.json", "gate.html")
+EVALUATED = (
+    *("predictions", "evaluation.json", "report.html", "evaluations", "evaluating", "verdict.json", "gate.html"),
+    *("masks.json", "masks.png"),
+)
 CONTENT = (CHECKPOINTS, MODEL, TENSORBOARD, JOB, METRICS, LEDGER, PROGRESS, ATTEMPTS, TOKEN, LEFT_OUT, FLIGHT, *EVALUATED)
 Start = Literal["continue", "fresh", "resume"]
 

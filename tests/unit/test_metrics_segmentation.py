@@ -5,6 +5,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from draf_dist.metrics.segmentation import BIN_WIDTH, NUM_BINS, ErrorDetection, Overlap
+from draf_dist.metrics.selective import risk_coverage
 
 
 def masks() -> tuple[np.ndarray, np.ndarray]:
@@ -99,3 +100,26 @@ def test_a_map_without_an_error_has_no_auroc_and_one_with_nan_is_refused() -> No
     assert np.isnan(ErrorDetection.of(np.ones(3), np.zeros(3, dtype=bool)).auroc)
     with pytest.raises(ValueError, match="NaN"):
         ErrorDetection.of(np.array([1.0, np.nan]), np.array([True, False]))
+
+
+def test_risk_among_the_most_certain_voxels_is_that_of_selective_prediction() -> None:
+    """Of values far apart, ties and all, at any coverage."""
+    generator = np.random.default_rng(3)
+    uncertainty = generator.choice([0.0, 0.01, 0.2, 0.3, np.log(2)], 300)
+    error = generator.random(300) < 0.1 + uncertainty
+    found = ErrorDetection.of(uncertainty, error)
+    coverage, risk = risk_coverage(-uncertainty, error)
+    assert [found.risk(kept) for kept in coverage] == pytest.approx(risk.tolist())
+    assert found.num_voxels == 300
+    assert found.risk(1) == pytest.approx(error.mean())
+    assert found.risk(0.3) < found.risk(1)
+
+
+def test_an_uncertainty_that_says_nothing_leaves_the_risk_as_it_is() -> None:
+    error = np.arange(40) % 4 == 0
+    found = ErrorDetection.of(np.full(40, 0.3), error)
+    assert [found.risk(kept) for kept in (0.1, 0.5, 1.0)] == pytest.approx([0.25] * 3)
+
+
+def test_without_voxels_there_is_no_risk() -> None:
+    assert np.isnan(ErrorDetection.of(np.zeros(0), np.zeros(0, dtype=bool)).risk(0.5))

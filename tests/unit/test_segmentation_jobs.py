@@ -8,6 +8,7 @@ import pytest
 import torch
 from bayesian_inputs import MASK, SIDE_OF, disc_batch, schema_of
 from outlined_balls import SIDE, outlined_release
+from PIL import Image
 from safetensors.torch import load_file
 from small_runs import silent, small_job
 from typer.testing import CliRunner
@@ -216,7 +217,7 @@ def test_an_evaluation_of_volumes_delivered_whole_is_that_of_validation(tmp_path
     assert [split.dice[name].value for name in ("mean of structures", "dim", "bright")] == pytest.approx(
         [numbers[name] for name in ("dice", "dice_1", "dice_2")]
     )
-    assert split.error_auroc["entropy"].value == pytest.approx(numbers["error_auroc"])
+    assert split.zones["everywhere"].error_auroc["entropy"].value == pytest.approx(numbers["error_auroc"])
     assert split.nll.low is not None
     assert split.nll.high is not None
     assert split.nll.low <= numbers["nll"] <= split.nll.high
@@ -235,8 +236,55 @@ def test_voxels_of_all_studies_together_count_by_their_number(finished: Path) ->
     assert all(value is not None and 0 <= value <= 1 for value in [*split.pooled.dice.values(), *split.pooled.error_auroc.values()])
 
 
+def test_every_study_is_written_and_the_split_is_their_mean(finished: Path) -> None:
+    found = evaluate_masks(str(finished), EvaluateJob(splits=("test",), passes=2, bootstrap=0))
+    assert found is not None
+    (split,) = found.splits
+    assert len({study.uid for study in split.studies}) == split.num_studies > 1
+
+    def mean(values: list[float | None]) -> float:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known)
+
+    for name, estimate in split.dice.items():
+        assert estimate.value == pytest.approx(mean([study.dice[name] for study in split.studies])), name
+    for zone, scores in split.zones.items():
+        for name, estimate in scores.error_auroc.items():
+            assert estimate.value == pytest.approx(mean([study.error_auroc[zone][name] for study in split.studies]))
+    everywhere, structures, borders = (split.zones[zone] for zone in ("everywhere", "structures", "borders"))
+    assert everywhere.num_voxels == split.num_voxels > max(structures.num_voxels, borders.num_voxels)
+    # No voxel outside can be wrong: the same errors among fewer voxels.
+    assert structures.error_rate.value is not None
+    assert everywhere.error_rate.value is not None
+    assert structures.error_rate.value > everywhere.error_rate.value
+
+
 def test_the_command_shows_dice_by_structure(finished: Path) -> None:
     shown = CliRunner().invoke(app, ["evaluate", str(finished), "--set", "passes=2", "--set", "bootstrap=0"])
     assert shown.exit_code == 0, shown.output
     assert "Dice, bright" in shown.output
     assert "AUROC of errors by epistemic" in shown.output
+    assert "AUROC of errors by epistemic, borders" in shown.output
+    assert "masks.png" in shown.output
+    picture = Image.open(finished / "masks.png")
+    assert picture.format == "PNG"
+    assert picture.width > picture.height
+
+
+def test_another_release_leaves_the_folder_of_the_run_alone(release: Release, tmp_path: Path) -> None:
+    out = finished_run(release, tmp_path / "run")
+    shown = CliRunner().invoke(
+        app, ["evaluate", str(out), "--release", release.pinned_url, "--set", "passes=2", "--set", "bootstrap=0"]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert not (out / "masks.json").exists()
+    assert not (out / "masks.png").exists()
+
+
+def test_a_run_that_starts_anew_leaves_no_masks_of_the_one_before(release: Release, tmp_path: Path) -> None:
+    out = finished_run(release, tmp_path / "run")
+    assert evaluate_masks(str(out), EvaluateJob(splits=("test",), passes=2, bootstrap=0)) is not None
+    assert (out / "masks.json").exists()
+    train(small_job(release.pinned_url, model=UNET, epochs=1), str(out), fresh=True, console=silent())
+    assert not (out / "masks.json").exists()
+    assert not (out / "masks.png").exists()

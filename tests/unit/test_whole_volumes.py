@@ -15,7 +15,7 @@ from draf_dist.data.prepare import prepare
 from draf_dist.data.release import Release
 from draf_dist.data.whole_volumes import WholeVolume, whole_volumes
 from draf_dist.errors import DataError, SpecError
-from draf_dist.evaluation.whole_masks import Passes, predicted_tiles, volume_score, whole_maps
+from draf_dist.evaluation.whole_masks import ZONES, Passes, near_borders, predicted_tiles, volume_score, whole_maps
 from draf_dist.metrics.segmentation import ErrorDetection, Overlap
 from draf_dist.models.link import link_of
 from draf_dist.schema.batch import Batch, SegmentationTarget
@@ -135,10 +135,10 @@ def test_a_model_that_is_right_has_a_dice_of_one_and_no_errors(release: Release)
     passes = model(0.0)
     for volume in outlined(release):
         score = volume_score(volume, predicted_tiles(volume, passes, link, 4), 3)
-        assert score.overlap.dice.tolist() == [1.0, 1.0, 1.0]
-        assert np.isnan(score.errors["epistemic"].auroc)
-        assert score.overlap.true.sum() == (volume.mask != IGNORED).sum()
-        assert score.uid == int(volume.row.uid[0])
+        assert score.study.overlap.dice.tolist() == [1.0, 1.0, 1.0]
+        assert all(np.isnan(score.errors[zone]["epistemic"].auroc) for zone in ZONES)
+        assert score.study.overlap.true.sum() == (volume.mask != IGNORED).sum()
+        assert score.study.uid == int(volume.row.uid[0])
 
 
 @pytest.mark.parametrize("num_rows", [1, 7])
@@ -151,14 +151,42 @@ def test_scores_of_tiles_are_those_of_the_whole_volume(release: Release, num_row
         score, maps, truth = volume_score(volume, tiles, 3), whole_maps(volume, tiles), volume.mask[0].astype(np.int64)
         known = truth != IGNORED
         whole = Overlap.of(maps.predicted[known], truth[known], 3)
-        assert np.array_equal(score.overlap.dice, whole.dice)
-        assert 0.5 < score.overlap.dice[1] < 0.95
-        for name, values in maps.uncertainty.items():
-            found = ErrorDetection.of(values[known], maps.predicted[known] != truth[known])
-            assert score.errors[name].auroc == found.auroc
+        assert np.array_equal(score.study.overlap.dice, whole.dice)
+        assert 0.5 < score.study.overlap.dice[1] < 0.95
+        places = {
+            "everywhere": known,
+            "structures": known & ((truth > 0) | (maps.predicted > 0)),
+            "borders": near_borders(volume.mask[0]),
+        }
+        for zone, place in places.items():
+            assert 0 < place.sum() <= known.sum()
+            for name, values in maps.uncertainty.items():
+                found = ErrorDetection.of(values[place], maps.predicted[place] != truth[place])
+                assert score.errors[zone][name].auroc == found.auroc
+                assert score.errors[zone][name].num_voxels == place.sum()
         # It wavers where it errs, and nowhere else.
-        assert score.errors["epistemic"].auroc > 0.99
-        assert score.nll > 0.1
+        assert score.errors["everywhere"]["epistemic"].auroc > 0.99
+        assert score.study.errors is score.errors["everywhere"]
+        assert score.study.nll > 0.1
+
+
+def test_near_a_border_is_what_has_another_structure_within_reach() -> None:
+    mask = np.zeros((1, 1, 12), dtype=np.int16)
+    mask[..., 5:] = 2
+    assert np.flatnonzero(near_borders(mask, reach=2)).tolist() == [3, 4, 5, 6]
+    # What nobody says is no structure: no border to it, and none within it.
+    mask[..., 9:] = IGNORED
+    assert np.flatnonzero(near_borders(mask, reach=2)).tolist() == [3, 4, 5, 6]
+    mask[..., 5:] = IGNORED
+    assert not near_borders(mask, reach=2).any()
+
+
+def test_reach_counts_along_every_axis() -> None:
+    mask = np.zeros((7, 7, 7), dtype=np.int16)
+    mask[3, 3, 3] = 1
+    expected = np.zeros_like(mask, dtype=bool)
+    expected[1:6, 1:6, 1:6] = True
+    assert np.array_equal(near_borders(mask, reach=2), expected)
 
 
 def test_a_volume_without_a_mask_has_maps_but_no_score(release: Release) -> None:
