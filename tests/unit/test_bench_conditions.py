@@ -81,6 +81,12 @@ def altered(batch: Batch) -> Batch:
 def test_each_is_a_case_for_every_modality_that_fits() -> None:
     assert condition(NOISE, "each").cases(SCHEMA) == (Applied("ehr_noise", 1, "vitals"), Applied("ehr_noise", 1, "labs"))
     assert condition(NOISE, "half").cases(SCHEMA) == (Applied("ehr_noise", 1, "half"),)
+    assert condition({"kind": "sign_flip"}, "each").cases(SCHEMA) == (
+        Applied("sign_flip", 1, "vitals"),
+        Applied("sign_flip", 1, "labs"),
+    )
+    units = {"kind": "unit_error", "grid": [1, 10]}
+    assert (condition(units).level, condition(units, "each").fitting(SCHEMA)) == (10.0, ("vitals", "labs"))
     assert [case.modality for case in condition({"kind": "swap"}, "each").cases(SCHEMA)] == ["cxr", "vitals", "labs"]
 
 

@@ -50,7 +50,7 @@ def test_the_problems_of_all_systems_come_together_with_the_nearest_key(tmp_path
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("reference=nothing", "reference is none of mean, draf, logistic_regression"),
+        ("reference=nothing", "reference 'nothing' is none of mean, draf, logistic_regression"),
         ("systems={logistic_regression: {}}", "has the name of one"),
         ("seeds=[1, 1]", "a seed is listed twice"),
         ("fold=3", "Did you mean 'folds'?"),
@@ -149,3 +149,14 @@ def found(spec: Spec, name: str) -> Iterator[tuple[str, Any]]:
             yield from found(value, name)
         elif field.endswith(name):
             yield field, value
+
+
+def test_the_search_for_a_reliability_differs_from_the_zoo_by_what_it_asks_alone(zoo: BenchJob) -> None:
+    """Systems of one name are one system, so the two tables can be laid side by side; the others differ in model, loss or law."""
+    search = load_bench_job(Path(__file__).resolve().parents[2] / "jobs" / "bench_findings_eicu.yaml")
+    jobs, known = search.jobs("search"), zoo.jobs("zoo")
+    assert {"mean_mc", "severity_rejection", "severity_cross_modal_gate", "draf_alpha_0"} <= jobs.keys() & known.keys()
+    assert all(jobs[name] == known[name] for name in jobs.keys() & known.keys())
+    own = {"name", "model", "objective", "corruption"}
+    assert len({job.model_dump_json(exclude=own) for job in (*jobs.values(), known["mean_mc"])}) == 1
+    assert (search.folds, search.fold_seed, search.card, search.passes) == (zoo.folds, zoo.fold_seed, zoo.card, zoo.passes)

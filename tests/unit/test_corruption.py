@@ -17,8 +17,10 @@ from draf_dist.data.corruption import (
     Jpeg,
     Missing,
     MissingNotAtRandom,
+    SignFlip,
     Swap,
     TrainingCorruption,
+    UnitError,
     fit_not_at_random,
     severity,
 )
@@ -47,7 +49,7 @@ NORMALISER = Normaliser(
         images={"cxr": ImageStats(mean=120.0, std=60.0, num_images=1)}, variables={"vitals": (UNIT,) * 3, "history": (UNIT,) * 2}
     ),
 )
-OPERATIONS = (GaussianNoise(), Downsample(), Jpeg(), EhrMask(), EhrNoise())
+OPERATIONS = (GaussianNoise(), Downsample(), Jpeg(), EhrMask(), EhrNoise(), SignFlip(), UnitError())
 
 
 def normalised(num_rows: int, *, all_present: bool = False, padding: int = 0) -> Batch:
@@ -208,6 +210,18 @@ def test_a_sample_is_corrupted_alike_in_any_batch() -> None:
     for cuts in ((0, 1, 20, 37), (0, 12, 13, 36, 37)):
         parts = [corruptor().train(batch.rows(start, stop)) for start, stop in zip(cuts, cuts[1:], strict=False)]
         assert all(torch.equal(a, b) for a, b in zip(tensors(whole), join(parts), strict=True))
+
+
+def test_a_sample_has_its_signs_and_units_wrong_alike_in_any_batch() -> None:
+    law = corruptor(operations=(SignFlip(), UnitError()), hold_out_last=False, modality_dropout=0.0)
+    batch = normalised(60, padding=2)
+    whole = law.train(batch)
+    ratio = (whole.inputs["vitals"].values / batch.inputs["vitals"].values)[
+        batch.inputs["vitals"].observed & (batch.weight > 0)[:, None, None]
+    ]
+    assert {round(float(found), 4) for found in ratio} == {-1.0, 1.0, 10.0}
+    parts = [law.train(batch.rows(start, stop)) for start, stop in ((0, 7), (7, 60))]
+    assert all(torch.equal(a, b) for a, b in zip(tensors(whole), join(parts), strict=True))
 
 
 def test_a_sample_is_corrupted_anew_in_every_epoch_and_under_another_seed() -> None:

@@ -12,7 +12,9 @@ from draf_dist.data.corruption.operations import (
     Missing,
     MissingNotAtRandom,
     Operation,
+    SignFlip,
     Swap,
+    UnitError,
     severity,
 )
 from draf_dist.data.corruption.sweep import CorruptedSplit, swap_partners
@@ -33,8 +35,10 @@ __all__ = [
     "MissingNotAtRandom",
     "NotAtRandom",
     "Operation",
+    "SignFlip",
     "Swap",
     "TrainingCorruption",
+    "UnitError",
     "fit_not_at_random",
     "severity",
     "swap_partners",

@@ -45,9 +45,18 @@ def _rises_from(identity: float) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _on_or_off(grid: tuple[float, ...]) -> tuple[float, ...]:
+    if grid != (0, 1):
+        raise ValueError("a sign is turned or not: the grid is [0, 1]")
+    return grid
+
+
 Sigmas = Annotated[tuple[Annotated[float, Field(ge=0)], ...], _rises_from(0)]
 Probabilities = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], _rises_from(0)]
 Factors = Annotated[tuple[Annotated[int, Field(ge=1)], ...], _rises_from(1)]
+# Of units: finer and coarser ones.
+Ratios = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], _rises_from(1)]
+Switch = Annotated[tuple[float, ...], AfterValidator(_on_or_off)]
 Qualities = Annotated[tuple[Annotated[int, Field(ge=0, le=100)], ...], _rises_from(0)]
 
 
@@ -168,14 +177,55 @@ class EhrNoise(Spec):
     def apply(self, value: ModalityInput, index: Tensor, keys: Tensor, scale: Scale) -> ModalityInput:
         """Rows of one modality with the noise of their keys."""
         series = _series(value)
-        assert isinstance(scale.spec, SeriesSpec | TableSpec)
-        numeric = torch.tensor([variable.type == "numeric" for variable in scale.spec.variables], device=series.values.device)
         sigma = _levels(self.grid, index)[:, None, None]
         noisy = series.values + sigma * noise.normal(keys, tuple(series.values.shape[1:]))
-        values = torch.where(series.observed & numeric, noisy, series.values)
+        values = torch.where(_numbers(series, scale), noisy, series.values)
         if scale.categories:
             values = _drawn_again(values, series.observed, 1 - (1 + sigma[..., 0].square()).rsqrt(), keys, scale.categories)
         return SeriesInput(values, series.observed, series.length)
+
+
+class SignFlip(Spec):
+    """-x for every observed standardised number of the modality: as far on the other side of the training mean.
+
+    Binary variables and codes have no sign and are left alone. No distance from the training mean changes, so no novelty of the
+    modality alone gives it away where its distribution is symmetric.
+    """
+
+    kind: Literal["sign_flip"] = "sign_flip"
+    grid: Switch = (0.0, 1.0)
+
+    def fits(self, spec: ModalitySpec) -> bool:
+        """Series and tables with at least one number."""
+        return has_numbers(spec)
+
+    def apply(self, value: ModalityInput, index: Tensor, keys: Tensor, scale: Scale) -> ModalityInput:
+        """Rows of one modality with the other sign where the level is 1; draws nothing."""
+        series = _series(value)
+        turned = (index > 0)[:, None, None] & _numbers(series, scale)
+        return SeriesInput(torch.where(turned, -series.values, series.values), series.observed, series.length)
+
+
+class UnitError(Spec):
+    """All numbers of the modality in a unit `factor` times finer: the raw value times the factor, then standardised as ever.
+
+    With z = (x - mean) / std this is (factor x - mean) / std = factor z + (factor - 1) mean / std. All numbers of the modality are
+    hit: a feed in other units, and nothing is drawn. Ranges of plausible values that a card checks are not checked again here.
+    """
+
+    kind: Literal["unit_error"] = "unit_error"
+    grid: Ratios = (1.0, 10.0)
+
+    def fits(self, spec: ModalitySpec) -> bool:
+        """Series and tables with at least one number; binary variables and codes have no unit and are left alone."""
+        return has_numbers(spec)
+
+    def apply(self, value: ModalityInput, index: Tensor, keys: Tensor, scale: Scale) -> ModalityInput:
+        """Rows of one modality in the unit of their level; draws nothing."""
+        series = _series(value)
+        factor = _levels(self.grid, index)[:, None, None]
+        wrong = factor * series.values + (factor - 1) * scale.mean / scale.std
+        return SeriesInput(torch.where(_numbers(series, scale), wrong, series.values), series.observed, series.length)
 
 
 class Swap(Spec):
@@ -213,7 +263,7 @@ class MissingNotAtRandom(Spec):
 
 
 # What changes one input and can be labelled: the corruption head learns to see these.
-InputOperation = GaussianNoise | Downsample | Jpeg | EhrMask | EhrNoise
+InputOperation = GaussianNoise | Downsample | Jpeg | EhrMask | EhrNoise | SignFlip | UnitError
 # Everything a robustness sweep may apply. Adding an operation: its class above and its name here.
 AnyOperation = InputOperation | Swap | Missing | MissingNotAtRandom
 Operation = Annotated[AnyOperation, Field(discriminator="kind")]
@@ -232,6 +282,18 @@ def severity(operation: AnyOperation, index: int) -> float:
             explain(where, expected=f"a grid index from 0 to {last}", found=str(index), remedy="Choose one of its grid.")
         )
     return index / last
+
+
+def has_numbers(spec: ModalitySpec) -> bool:
+    """Whether it is a series or table with at least one variable that is neither binary nor a code."""
+    return isinstance(spec, SeriesSpec | TableSpec) and any(variable.type == "numeric" for variable in spec.variables)
+
+
+def _numbers(series: SeriesInput, scale: Scale) -> Tensor:
+    """Bool (B, T, F): observed values of numeric variables."""
+    assert isinstance(scale.spec, SeriesSpec | TableSpec)
+    numeric = torch.tensor([variable.type == "numeric" for variable in scale.spec.variables], device=series.values.device)
+    return series.observed & numeric
 
 
 def _drawn_again(
