@@ -1,5 +1,7 @@
 """The model card: what a reader of model/ should know before using it."""
 
+from collections.abc import Collection
+
 from draf_dist.models.kinds import ModelConfig
 from draf_dist.models.link import link_of
 from draf_dist.models.mc import Scope
@@ -27,13 +29,19 @@ _LABELS = {
 _DRAWN: dict[Scope, str] = {"full": "all of its dropout", "head": "the dropout of its projections alone"}
 
 
-def model_card(config: ModelConfig, schema: DataSchema, num_parameters: int, scope: Scope = "full") -> str:
-    """Markdown text; nothing in it depends on a subject. scope: what the model's passes draw anew."""
+def model_card(
+    config: ModelConfig, schema: DataSchema, num_parameters: int, scope: Scope = "full", trained: Collection[str] | None = None
+) -> str:
+    """Markdown text; nothing in it depends on a subject.
+
+    scope: what the model's passes draw anew. trained: the sites of its training studies, where they are known; a release has others
+    too, which it holds out.
+    """
     modalities = "\n".join(f"| {spec.name} | {spec.kind} | {_size(spec)} |" for spec in schema.modalities)
     return f"""# {_LABELS[config.kind]}: {schema.label.name}
 
 - Predicts **{schema.label.name}** {_asked(schema.label)}: {", ".join(schema.label.outputs)}.
-- {num_parameters:,} parameters. Trained on {len(schema.sites)} site(s): {", ".join(schema.sites)}.
+- {num_parameters:,} parameters. {_sites(schema, trained)}
 - {_needed(config, schema)}
 
 | modality | kind | size |
@@ -50,6 +58,14 @@ hold no code and no pickle. Figures of merit, calibration and robustness stand i
 For research. Not a medical device, and not evaluated at sites other than those of its report. Weights of modalities say what the
 model relied on, not what caused the outcome. Probabilities need temperature scaling on data of the place of use.
 """
+
+
+def _sites(schema: DataSchema, trained: Collection[str] | None) -> str:
+    if trained is None:
+        return f"Sites of its release, held out or not: {', '.join(schema.sites)}."
+    held_out = [site for site in schema.sites if site not in trained]
+    also = f" Not trained on, though in its release: {', '.join(held_out)}." if held_out else ""
+    return f"Trained on {len(trained)} site(s): {', '.join(trained)}.{also}"
 
 
 def _link(task: TaskSpec) -> str:

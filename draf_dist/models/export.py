@@ -1,7 +1,7 @@
 """The exchange form of a model: safetensors, two JSON files and a model card. Never a pickle."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,10 +57,13 @@ class ExportedModel:
             raise DataError(explain(where, expected=expected, found=found, remedy="Use a release with the model's own schema."))
 
 
-def model_files(model: nn.Module, config: ModelConfig, schema: DataSchema, stats: ReleaseStats) -> dict[str, bytes]:
+def model_files(
+    model: nn.Module, config: ModelConfig, schema: DataSchema, stats: ReleaseStats, trained: Collection[str] | None = None
+) -> dict[str, bytes]:
     """The files of model/ by name, for any store. The same model gives the same bytes.
 
     They are in the order in which to write them: model.json, which holds the digests of the others, comes last.
+    trained: the sites of its training studies, where they are known; for the model card.
     """
     weights = weights_of(model)
     stats_json = canonical_json(stats)
@@ -77,7 +80,7 @@ def model_files(model: nn.Module, config: ModelConfig, schema: DataSchema, stats
     return {
         WEIGHTS: weights,
         STATS: stats_json,
-        CARD: model_card(config, schema, num_parameters, mc_scope(model)).encode(),
+        CARD: model_card(config, schema, num_parameters, mc_scope(model), trained).encode(),
         DESCRIPTION: json.dumps(description.model_dump(mode="json"), indent=2).encode(),
     }
 

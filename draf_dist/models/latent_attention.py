@@ -128,7 +128,8 @@ class Attention(nn.Module):
         return -torch.xlogy(weights, weights).sum(-1).mean((1, 2))
 
     def _split(self, values: Tensor) -> Tensor:
-        return values.view(*values.shape[:2], self.heads, -1).transpose(1, 2)
+        # Sizes in full: a rank may have no row, of which a -1 would mean anything.
+        return values.view(*values.shape[:2], self.heads, values.shape[2] // self.heads).transpose(1, 2)
 
     def _keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.keys_values(tokens).chunk(2, dim=-1)
@@ -150,7 +151,7 @@ class CrossStep(nn.Module):
         # Passes share their tokens: they stand side by side as latents, so that keys and values are made once.
         latents = self.norm(state).transpose(0, 1).flatten(1, 2)
         added: Tensor = self.attention(latents, self.token_norm(tokens), _or_all(attended))
-        return added.view(rows, passes, number, -1).transpose(0, 1)
+        return added.view(rows, passes, number, state.shape[3]).transpose(0, 1)
 
     @torch.no_grad()
     def entropy(self, state: Tensor, tokens: Tensor, attended: Tensor | None) -> Tensor:
@@ -280,7 +281,7 @@ class LatentAttention(nn.Module):
                 state = after
         return Latents(
             state=state.expand(keys.shape[0], -1, -1, -1),
-            change=torch.stack(changes).view(self.depth, len(tokens), -1).mean(0).transpose(0, 1),
+            change=torch.stack(changes).view(self.depth, *present.T.shape).mean(0).transpose(0, 1),
             entropy=torch.where(present, torch.stack(entropies, dim=1), 0.0),
             most=_most(tokens, present),
         )

@@ -19,8 +19,9 @@ class Link:
     exclusive: bool
 
     def probability(self, logits: Tensor) -> Tensor:
-        """Probabilities (..., K) of logits (..., K)."""
-        return logits.softmax(-1) if self.exclusive else logits.sigmoid()
+        """Probabilities (..., K) of logits (..., K), in f32 at least."""
+        wide = in_f32_at_least(logits)
+        return wide.softmax(-1) if self.exclusive else wide.sigmoid()
 
     def logits(self, probability: Tensor) -> Tensor:
         """Logits (..., K) whose probabilities are the given ones, finite at 0 and 1 too."""
@@ -29,10 +30,14 @@ class Link:
         return probability.clamp(_NEAR, 1 - _NEAR).logit()
 
     def uncertainties(self, logits: Tensor) -> dict[str, Tensor]:
-        """Every uncertainty of logits (S, ..., K), to (...); of yes-or-no questions the mean over them (spec 1.1 row 3)."""
+        """Every uncertainty of logits (S, ..., K), to (...); of yes-or-no questions the mean over them (spec 1.1 row 3).
+
+        In f32 at least: what passes differ by is a small difference of probabilities, which half precision rounds off.
+        """
+        probability = self.probability(logits)
         if self.exclusive:
-            return decompose(logits.softmax(-1))
-        return {name: value.mean(-1) for name, value in decompose(_two_classes(logits.sigmoid())).items()}
+            return decompose(probability)
+        return {name: value.mean(-1) for name, value in decompose(_two_classes(probability)).items()}
 
     def uncertainty(self, space: UncertaintySpace, name: UncertaintyName, logits: Tensor, prior: Tensor) -> Tensor:
         """One uncertainty of logits (S, ..., K) in one space, to (...).
@@ -40,6 +45,7 @@ class Link:
         `prior_shifted` takes the prior's logits (K,) off first, so that U is large where the modality has no evidence rather
         than where the risk is high (findings 1). `logit` has the epistemic variance only.
         """
+        logits = in_f32_at_least(logits)
         if space == "logit":
             return logit_variance(logits) if self.exclusive else logits.var(0, correction=0).mean(-1)
         return self.uncertainties(logits - prior if space == "prior_shifted" else logits)[name]
@@ -56,6 +62,11 @@ class Link:
 def link_of(task: TaskSpec) -> Link:
     """The link of a task."""
     return Link(exclusive=isinstance(task, LabelSpec | SegmentationSpec))
+
+
+def in_f32_at_least(values: Tensor) -> Tensor:
+    """The values in f32, or f64 if they are: a model under autocast hands on half precision."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _two_classes(probability: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ knows weights.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from draf_dist.models.over_ranks import sum_over_ranks
 
 # As many do as well as 32 groups (Wu and He 2018); with a few, a map of one element is normalised to next to nothing.
 _LEAST_PER_GROUP = 16
@@ -128,30 +128,3 @@ def _power_sums(values: Tensor, weight: Tensor, total: Tensor) -> tuple[Tensor, 
     first, second = weighted.sum((0, 2)).double(), (weighted * centred).sum((0, 2)).double()
     around = shift.double()
     return first + total * around, second + 2 * around * first + total * around.square()
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of equal-shaped values over all ranks, with a gradient to every one of them. A collective if there are ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return values
-    total: Tensor = _SumOverRanks.apply(values)  # type: ignore[no-untyped-call]
-    return total
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """What is minimised is the sum of the ranks' losses, so the gradient of a rank's values is the sum of what all ask of the sum.
-
-    torch's own differentiable all_reduce is deprecated and its heir is private.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        asked = gradient.clone()
-        dist.all_reduce(asked)
-        return asked

@@ -11,8 +11,9 @@ def masked_softmax(logits: Tensor, present: Tensor) -> Tensor:
     """Softmax over the present entries of the last axis; exactly 0 elsewhere, and all 0 where nothing is present.
 
     A zero input gives a stable prediction, hence a low U: without the mask an absent modality would get the largest weight
-    (spec 1.1 row 5). Equal logits give exactly 1 / n.
+    (spec 1.1 row 5). Equal logits give exactly 1 / n. In f32 at least: in half precision the weights would not sum to 1.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     lowest = torch.finfo(logits.dtype).min
     highest = logits.detach().masked_fill(~present, lowest).amax(-1, keepdim=True)
     exponent = torch.where(present, logits - highest, 0.0)
@@ -43,6 +44,13 @@ def learned_logits(uncertainty: Tensor, corruption: Tensor, log_weight: Tensor, 
 def log_uncertainty(uncertainty: Tensor) -> Tensor:
     """Natural logarithm of U, with U floored at 1e-8."""
     return uncertainty.clamp_min(_LEAST_UNCERTAINTY).log()
+
+
+def relative_entropy(weights: Tensor, present: Tensor) -> Tensor:
+    """H(w) / log n in [0, 1] of weights (B, M) over n present modalities, (B,); 1 where n is 1."""
+    entropy = -(weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).sum(1)
+    count = present.sum(1)
+    return torch.where(count > 1, entropy / count.clamp_min(2).log(), 1.0)
 
 
 def fuse(features: Tensor, reliability: Tensor) -> Tensor:

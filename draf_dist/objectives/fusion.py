@@ -50,13 +50,18 @@ class FusionObjective:
         return terms
 
     def terms(self, output: FusionOutput, batch: Batch) -> dict[str, Term]:
-        """The terms of an output that is already there."""
+        """The terms of an output that is already there.
+
+        parts["present"] of the output, where a model says so, is what it took for present: what it rejected is missing in the
+        losses too, or its heads would learn from the zeros in its place.
+        """
+        present = output.parts.get("present", batch.present)
         terms = {"task": task_loss(output.logits, batch.target, batch.weight)}
         if output.corruption_logits is not None:
-            term = acd(output.corruption_logits, batch.corrupted, batch.present, batch.weight)
+            term = acd(output.corruption_logits, batch.corrupted, present, batch.weight)
             terms["acd"] = replace(term, scale=self.config.lambda_acd)
         if output.modality_logits is not None:
-            term = unimodal_task_loss(output.modality_logits, batch.target, batch.present, batch.weight)
+            term = unimodal_task_loss(output.modality_logits, batch.target, present, batch.weight)
             terms["unimodal"] = replace(term, scale=self.config.lambda_uni)
         signals = {f"signal_{name}": _mean(values, batch.weight) for name, values in output.signals.items()}
         return terms | output.terms | signals

@@ -222,7 +222,9 @@ def _accumulate_coupled(
     # Lazily: the graph of one micro-batch is gone before the next is made.
     forward = (objective.embed(engine.module, part, keys) for part, keys in parts)
     if len(parts) > 1:
-        with first_look(engine.module):
+        # In training's own mode: the gradient is taken at these very embeddings, and `early` and `aum` draw in training alone. What
+        # would move twice, once a forward, is refused with accumulation.
+        with torch.no_grad():
             first = [objective.embed(engine.module, part, keys) for part, keys in parts]
     else:
         first = [next(forward)]
@@ -249,7 +251,7 @@ def _accumulate_coupled(
 def first_look(module: nn.Module) -> Iterator[None]:
     """A forward whose result only prepares another one: no gradients, and running means move once.
 
-    The second forward gives the same, because noise has no state and no layer of ours depends on the mode.
+    Of the terms only their weights are used, and these do not depend on what a few layers do in training alone.
     """
     module.eval()
     try:

@@ -167,6 +167,14 @@ def test_the_adversarial_term_is_the_weighted_loss_of_the_attacked_images() -> N
     assert not weights.requires_grad
 
 
+def test_a_is_the_share_of_the_clean_loss() -> None:
+    """L_adv = a L(x) + (1 - a) w L(x_adv): .2 and .8, each times lambda_adv."""
+    batch, model = batch_of(SIDE_OF), small_model(SIDE_OF)
+    attack = ATTACK.model_copy(update={"clean_weight": 0.2})
+    terms = objective(adversarial=attack, lambda_adv=0.5)(model, batch, model_keys(batch))
+    assert [terms[name].scale for name in ("adversarial_clean_task", "adversarial_task")] == pytest.approx([0.1, 0.4])
+
+
 def test_the_clean_part_can_be_left_out() -> None:
     batch, model = batch_of(SIDE_OF), small_model(SIDE_OF)
     attack = ATTACK.model_copy(update={"include_clean": False})

@@ -9,7 +9,7 @@ import torch
 from model_inputs import SMALL_ENCODERS, pass_keys, small_batch, small_schema
 from numpy.typing import NDArray
 from planted_tables import SCHEMA as PLANTED
-from planted_tables import TABLES, accuracy, planted_batch, train
+from planted_tables import TABLES, accuracy, corrupt, planted_batch, train
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -377,3 +377,17 @@ def test_it_learns_what_is_planted(norm: str) -> None:
     model = drifa(PLANTED, norm=norm, table=TABLES.table)
     train(model, (1.0, 1.0, 1.0), steps=20, rate=3e-3)
     assert accuracy(model, planted_batch((1.0, 1.0, 1.0), rows=500, seed=10_000)) > 0.95
+
+
+def test_attention_does_not_notice_a_corrupted_modality() -> None:
+    """It starts open and stays so: what is lost by noise on one of three tables is not made up for (spec 4.4 f)."""
+    model = drifa(PLANTED, norm="group", table=TABLES.table)
+    train(model, (0.5, 0.5, 0.5), steps=80, corruption=0.3, rate=5e-3)
+    clean = planted_batch((0.5, 0.5, 0.5), rows=400, seed=10_000)
+    noisy = corrupt(clean, "first")
+    with torch.no_grad():
+        before, after = (model(batch, pass_keys(batch)).signals["mifa_attention"].mean() for batch in (clean, noisy))
+    print("mifa_attention", float(before), float(after), "accuracy", accuracy(model, clean), accuracy(model, noisy))
+    assert before > 0.97
+    assert abs(after - before) < 0.005
+    assert accuracy(model, noisy) < accuracy(model, clean) - 0.03

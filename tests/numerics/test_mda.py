@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from draf_dist.models.build import build_model
 from draf_dist.models.card import model_card
-from draf_dist.models.fusion.mda import Mda, MdaConfig, modal_weights, relative_entropy
+from draf_dist.models.fusion.mda import Mda, MdaConfig, modal_weights
 from draf_dist.models.fusion.mean import MeanConfig, MeanFusion
+from draf_dist.models.reliability import relative_entropy
 
 SCHEMA = small_schema()
 BATCH = small_batch(SCHEMA)

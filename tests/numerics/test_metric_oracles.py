@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from draf_dist.metrics import calibration, classification, selective
+from draf_dist.metrics.paired import paired_t
 
 ALARM = np.array([0.95, 0.91, 0.83, 0.77, 0.72, 0.66, 0.61, 0.56, 0.53, 0.51])
 TEN = np.stack([1 - ALARM, ALARM], axis=1)
@@ -53,3 +55,27 @@ def test_three_classes() -> None:
     assert calibration.negative_log_likelihood(FOUR, FOUR_LABEL) == pytest.approx(0.6070371, abs=1e-6)
     bins = calibration.equal_width_bins(*calibration.top_label(FOUR, FOUR_LABEL), 10)
     assert calibration.expected_calibration_error(bins) == pytest.approx(0.375, abs=1e-6)
+
+
+def test_paired_t_of_five_seeds() -> None:
+    """O16."""
+    a, b = np.array([0.81, 0.80, 0.82, 0.79, 0.83]), np.array([0.80, 0.785, 0.81, 0.785, 0.81])
+    found = paired_t(a, b)
+    assert found.t == pytest.approx(4.7067872, abs=1e-6)
+    assert found.p == pytest.approx(0.0092617, abs=1e-6)
+    assert found.degrees == 4
+    assert found.mean == pytest.approx(0.012)
+    theirs = ttest_rel(a, b)
+    assert (found.t, found.p) == pytest.approx((theirs.statistic, theirs.pvalue), rel=1e-12)
+    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)), rel=1e-9)
+    other = paired_t(b, a)
+    assert (other.t, other.p, other.low, other.high) == pytest.approx((-found.t, found.p, -found.high, -found.low))
+
+
+def test_a_paired_t_needs_pairs_and_a_spread() -> None:
+    same = paired_t(np.array([0.5, 0.75]), np.array([0.25, 0.5]))
+    assert (same.mean, same.low, same.high) == (0.25, 0.25, 0.25)
+    assert np.isnan(same.p)
+    for a, b in ((np.ones(1), np.zeros(1)), (np.ones(3), np.zeros(2))):
+        with pytest.raises(ValueError, match="two or more pairs"):
+            paired_t(a, b)

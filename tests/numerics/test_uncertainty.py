@@ -38,6 +38,24 @@ def test_three_classes_give_the_traces_and_entropies_of_the_spec() -> None:
     assert entropy(probability).mean().item() == pytest.approx(0.9272474, abs=5e-8)
 
 
+def test_three_classes_give_the_diagonals_of_the_spec_and_the_matrices_add_up() -> None:
+    """O3: the proposal's matrices, of whose diagonal every class is what it is by itself."""
+    probability = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]], dtype=torch.float64)
+    mean = probability.mean(0)
+    assert mean.tolist() == pytest.approx([0.4666667, 0.2333333, 0.3], abs=1e-6)
+    by_class = [decompose(torch.stack([1 - p, p], dim=-1)) for p in probability.unbind(1)]
+    diagonal = {"epistemic": [0.0422222, 0.0022222, 0.0466667], "aleatoric": [0.2066667, 0.1766667, 0.1633333]}
+    for name, expected in diagonal.items():
+        found = [parts[name].item() for parts in by_class]
+        assert found == pytest.approx(expected, abs=1e-6)
+        assert sum(found) == pytest.approx(decompose(probability)[name].item(), abs=1e-12)
+    outer = torch.einsum("sk,sl->kl", probability, probability) / 3
+    epistemic, aleatoric = outer - torch.outer(mean, mean), torch.diag(mean) - outer
+    assert torch.diagonal(epistemic).tolist() == pytest.approx(diagonal["epistemic"], abs=1e-6)
+    error = epistemic + aleatoric - (torch.diag(mean) - torch.outer(mean, mean))
+    assert error.abs().max() < 1e-15
+
+
 @pytest.mark.parametrize("classes", [2, 3, 10])
 def test_total_is_aleatoric_plus_epistemic(classes: int) -> None:
     parts = decompose(random_probability(classes))

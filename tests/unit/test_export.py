@@ -44,6 +44,14 @@ def test_folder_holds_four_files_and_no_pickle(folder: Path) -> None:
     assert "cxr" in (folder / "README.md").read_text()
 
 
+def test_the_card_tells_held_out_sites_from_those_of_training() -> None:
+    schema = SCHEMA.model_copy(update={"sites": ("north", "south", "west")})
+    model = build_model(CONFIG, schema, seed=0)
+    known = model_files(model, CONFIG, schema, small_stats(), ("north", "west"))["README.md"].decode()
+    assert "Trained on 2 site(s): north, west. Not trained on, though in its release: south." in known
+    assert "Trained on" not in model_files(model, CONFIG, schema, small_stats())["README.md"].decode()
+
+
 def test_the_same_model_gives_the_same_bytes() -> None:
     files = [model_files(build_model(CONFIG, SCHEMA, seed=0), CONFIG, SCHEMA, small_stats()) for _ in range(2)]
     assert files[0] == files[1]

@@ -15,8 +15,9 @@ from draf_dist.models.fusion.concat import ConcatConfig
 from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.models.fusion.late_mean import LateMeanConfig
 from draf_dist.models.fusion.mean import MeanConfig
+from draf_dist.models.fusion.severity_rejection import SeverityRejectionConfig
 from draf_dist.objectives.fusion import FusionObjectiveConfig
-from draf_dist.schema.batch import ClassTarget
+from draf_dist.schema.batch import Batch, ClassTarget
 
 SCHEMA = small_schema()
 BATCH = small_batch(SCHEMA)
@@ -62,9 +63,32 @@ def test_unimodal_loss_is_the_mean_over_present_modalities_of_each_row() -> None
 def test_terms_are_those_the_model_has_heads_for(config: FusionConfig, names: set[str]) -> None:
     model = build_model(config.model_copy(update={"width": 8, "encoders": SMALL_ENCODERS}), SCHEMA, seed=0)
     terms = FusionObjectiveConfig(lambda_acd=0.2, lambda_uni=0.7).build()(model, BATCH, pass_keys(BATCH))
-    assert set(terms) == names
+    trained = {name: term.scale for name, term in terms.items() if not name.startswith("signal_")}
     scales = {"task": 1.0, "acd": 0.2, "unimodal": 0.7}
-    assert {name: term.scale for name, term in terms.items()} == {name: scales[name] for name in names}
+    assert trained == {name: scales[name] for name in names}
+    assert all(term.scale == 0 for name, term in terms.items() if name not in trained)
+
+
+def test_what_a_model_rejected_is_missing_in_the_losses_too() -> None:
+    """Its features are zeros: with a loss on them the heads of a modality would learn from those instead."""
+    inner = DrafConfig(width=8, encoders=SMALL_ENCODERS)
+    model = build_model(SeverityRejectionConfig(fusion=inner), SCHEMA, seed=0)
+    model.severity = RejectsLabs()
+    keys, objective = pass_keys(BATCH), FusionObjectiveConfig().build()
+    kept = model(BATCH, keys).parts["present"]
+    rejected = BATCH.present & ~kept
+    assert rejected[:, 2].any()
+    found, expected = objective(model, BATCH, keys), objective(model.fusion, replace(BATCH, present=kept), keys)
+    for name in ("task", "acd", "unimodal"):
+        assert torch.equal(found[name].numerator, expected[name].numerator), name
+        assert torch.equal(found[name].weight, expected[name].weight), name
+
+
+class RejectsLabs(torch.nn.Module):
+    """A severity that is beyond use for one modality, wherever there is another."""
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return torch.tensor([0.0, 0.0, 3.0]) * batch.present
 
 
 def test_terms_of_the_parts_of_a_batch_add_up_to_those_of_the_whole() -> None:

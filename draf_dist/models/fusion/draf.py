@@ -5,6 +5,7 @@ absent modalities, separate unimodal heads, the other uncertainties and spaces, 
 prediction, presence bits. docs/models.md lists which option is which.
 """
 
+import math
 from typing import Literal, Self
 
 import torch
@@ -19,10 +20,13 @@ from draf_dist.models.fusion.logits import Prediction, fused_logits
 from draf_dist.models.layers import FusionHead, ModalityLinear
 from draf_dist.models.link import link_of
 from draf_dist.models.mc import name_streams
-from draf_dist.models.reliability import inverse_logits, learned_logits, masked_softmax, softmax_logits
+from draf_dist.models.reliability import inverse_logits, learned_logits, masked_softmax, relative_entropy, softmax_logits
 from draf_dist.models.uncertainty import UncertaintyName, UncertaintySpace
 from draf_dist.schema.batch import Batch, FusionOutput
 from draf_dist.schema.modality import DataSchema
+
+# Fewer passes than this can't be halved into two estimates of a variance.
+_LEAST_TO_HALVE = 4
 
 
 class DrafConfig(Spec):
@@ -92,11 +96,14 @@ class ReliabilityWeights(nn.Module):
             self.register_buffer("running_u", torch.zeros(num_modalities))
             self.register_buffer("running_weight", torch.zeros(num_modalities))
 
-    def forward(self, uncertainty: Tensor, corruption: Tensor, present: Tensor, weight: Tensor) -> Tensor:
-        """Weights that sum to 1 over present and are exactly 0 elsewhere; weight f32 (B,) leaves padding out of running means."""
+    def forward(self, uncertainty: Tensor, corruption: Tensor, present: Tensor, weight: Tensor | None) -> Tensor:
+        """Weights that sum to 1 over present and are exactly 0 elsewhere.
+
+        weight: f32 (B,), leaves padding out of running means; None takes U as it is and moves none.
+        """
         config = self.config
         corruption = corruption.detach() if config.detach_r else corruption
-        if config.u_ema is not None and self.training:
+        if config.u_ema is not None and self.training and weight is not None:
             uncertainty = self.smooth(uncertainty, present, weight, config.u_ema)
         logits = self.logits(uncertainty, corruption)
         return masked_softmax(logits if self.prior is None else logits + self.prior, present)
@@ -124,7 +131,7 @@ class ReliabilityWeights(nn.Module):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         seen = sums[1] > 0
-        rate = torch.where(seen, 1 - decay, 0.0)
+        rate = torch.where(seen, 1 - decay, 0.0).to(self.running_u.dtype)
         self.running_u.lerp_(sums[0] / sums[1].clamp_min(1e-12), rate)
         self.running_weight.lerp_(torch.ones_like(rate), rate)
         return (self.running_u / self.running_weight.clamp_min(1e-12)).expand_as(uncertainty)
@@ -153,7 +160,11 @@ class Draf(nn.Module):
         self.register_buffer("log_prevalence", torch.zeros(num_outputs))
 
     def forward(self, batch: Batch, keys: Tensor) -> FusionOutput:
-        """Logits of S passes, weights, uncertainties and corruption logits of a normalised batch; keys int64 (S, B)."""
+        """Logits of S passes, weights, uncertainties and corruption logits of a normalised batch; keys int64 (S, B).
+
+        signals: reliability_entropy, H(r) / log n: near 1 the weights do nothing (spec 1.1 row 4), near 0 they are saturated;
+        reliability_noise: see `noise_of_weights`, from four passes on.
+        """
         present = batch.present
         features = self.backbones(batch, keys)
         mean_features = features.mean(0)
@@ -162,6 +173,9 @@ class Draf(nn.Module):
         used = self.used_uncertainty(modality_logits, present)
         reliability = self.weights(used, corruption.sigmoid(), present, batch.weight)
         measured = self.link.uncertainties(modality_logits.detach())
+        signals = {"reliability_entropy": relative_entropy(reliability.detach(), present)}
+        if keys.shape[0] >= _LEAST_TO_HALVE:
+            signals["reliability_noise"] = self.noise_of_weights(modality_logits, corruption.sigmoid(), present)
         return FusionOutput(
             logits=fused_logits(features, reliability, present, self.head, self.config.predict),
             reliability=reliability,
@@ -170,6 +184,7 @@ class Draf(nn.Module):
             corruption_logits=corruption,
             # With the shared head the proposal trains no unimodal loss: there is nothing for an objective to take.
             modality_logits=None if self.modality_heads is None else modality_logits,
+            signals=signals,
         )
 
     def classify_each(self, features: Tensor) -> Tensor:
@@ -182,3 +197,17 @@ class Draf(nn.Module):
         config = self.config
         uncertainty = self.link.uncertainty(config.u_space, config.uncertainty, modality_logits, self.log_prevalence)
         return torch.where(present, uncertainty.detach() if config.detach_r else uncertainty, 0.0)
+
+    @torch.no_grad()
+    def noise_of_weights(self, modality_logits: Tensor, corruption: Tensor, present: Tensor) -> Tensor:
+        """The standard deviation of r if U were estimated again from as many other passes, mean over present m, (B,).
+
+        U is a variance over S passes and is itself uncertain by about sqrt(2 / (S - 1)) (spec 1.1 row 12). Of the halves of the
+        passes d = r' - r'' has four times the variance of r, and E|d| = 2 sigma sqrt(2 / pi). Without running means.
+        """
+        halves = modality_logits.chunk(2)
+        # The module is called, not a method: ZeRO 3 has its parameters there only while it runs.
+        first, second = (self.weights(self.used_uncertainty(half, present), corruption, present, None) for half in halves)
+        count = present.sum(1).clamp_min(1)
+        noise: Tensor = math.sqrt(math.pi / 8) * (first - second).abs().sum(1) / count
+        return noise

@@ -138,17 +138,19 @@ class OutputAttention(nn.Module):
 
     def __init__(self, width: int, num_outputs: int) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.outputs = width, num_outputs
         self.linear = nn.Linear(width, (num_outputs + 2) * width)
 
     def forward(self, tokens: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (S, B, T, Z) and there, bool (B, T), to attention (S, B, K, T) and features (S, B, K, Z)."""
-        parts = self.linear(tokens).view(*tokens.shape[:3], -1, self.width)
+        parts = self.linear(tokens).unflatten(3, (self.outputs + 2, self.width))
         queries, values, keys = parts[:, :, :, 0], parts[:, :, :, 1], parts[:, :, :, 2:]
         shares = (there / there.sum(1, keepdim=True)).unsqueeze(-1)
         query = (shares * queries).sum(2)
         scores = torch.einsum("sbz,sbtkz->sbkt", query, keys) / self.width**0.5
-        attention = scores.masked_fill(~there.unsqueeze(1), -torch.inf).softmax(-1)
+        # In f32 at least: under autocast the weights would not sum to 1.
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        attention = wide.masked_fill(~there.unsqueeze(1), -torch.inf).softmax(-1)
         return attention, attention @ values
 
 

@@ -8,7 +8,6 @@ are ours (spec 4.3), there is no reference to compare with, and every table call
 import math
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from draf_dist.models.backbones import Backbones
 from draf_dist.models.encoders import EncoderChoice
 from draf_dist.models.layers import FusionHead
 from draf_dist.models.mc import name_streams
-from draf_dist.models.reliability import masked_softmax
+from draf_dist.models.reliability import masked_softmax, relative_entropy
 from draf_dist.schema.batch import Batch, FusionOutput
 from draf_dist.schema.modality import DataSchema
 
@@ -88,10 +87,3 @@ def modal_weights(queries: Tensor, keys: Tensor, present: Tensor) -> Tensor:
     attention = masked_softmax(scores, present.unsqueeze(-2))
     rows = present.to(attention.dtype).unsqueeze(-1)
     return (attention * rows).sum(-2) / rows.sum(-2).clamp_min(1)
-
-
-def relative_entropy(weights: Tensor, present: Tensor) -> Tensor:
-    """H(w) / log n in [0, 1] of weights (B, M) over n present modalities, (B,); 1 where n is 1."""
-    entropy = -(weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).sum(1)
-    count = present.sum(1)
-    return torch.where(count > 1, entropy / count.clamp_min(2).log(), 1.0)
