@@ -104,11 +104,22 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
     """Without the error's own text: a library may quote a cell or a file's name there, and so a patient."""
     frames = [frame for frame in traceback.extract_tb(trace) if "draf_dist" in frame.filename]
     place = f" in {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
+    if _out_of_memory(error):
+        _print_error(
+            f"memory: expected room for what the command computes, found none left{place}. Set a smaller model (width, widths, "
+            "hidden), batch_size or number of passes, or run where there is more."
+        )
+        return
     reason = f" ({os.strerror(error.errno)})" if isinstance(error, OSError) and error.errno else ""
     _print_error(
         f"{kind.__name__}{reason}{place}: expected no such error, found one that nobody foresaw. This is a bug: "
         f"run again with {DEBUG} (its text may quote the data) and report it."
     )
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Of the host or a device. torch has a class for the second alone, and is not imported for it here."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _print_error(message: str) -> None:

@@ -92,3 +92,5 @@ def print_quarantine(quarantine: Quarantine, counts: Counts, num_duplicates: int
     console.print(f"Quarantine: {len(quarantine.studies)} studies ({share}): {reasons}.", soft_wrap=True, highlight=False)
     for study in quarantine.studies[:SHOWN_REJECTIONS]:
         console.print(f"  {study.site}: {study.where}: {study.reason}", soft_wrap=True, highlight=False, markup=False)
+    if (more := len(quarantine.studies) - SHOWN_REJECTIONS) > 0:
+        console.print(f"  and {more} more: quarantine.json of the release lists all.", highlight=False)

@@ -4,11 +4,12 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -72,7 +73,7 @@ def validate_spec(tree: dict[str, Any], model: type[SpecT], *, where: str) -> Sp
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise SpecError(together(_problem(where, detail, model) for detail in error.errors())) from error
+        raise SpecError(together(_problems(where, error.errors(), model))) from error
 
 
 def model_of_kind(kind: Any, models: Mapping[str, type[SpecT]], *, where: str, see: str) -> type[SpecT]:
@@ -146,57 +147,102 @@ def fingerprint(value: BaseModel | dict[str, Any] | list[Any]) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
+def _problems(where: str, details: Iterable[Any], model: type[BaseModel]) -> Iterator[str]:
+    for detail in details:
+        if not _only_follows(detail):
+            yield _problem(where, detail, model)
+
+
+def _only_follows(detail: Any) -> bool:
+    """Whether pydantic says it only because of another problem, which it says too."""
+    if detail["type"] == "too_short":
+        # Items that are wrong don't count: there are enough of them.
+        return bool(detail["ctx"]["actual_length"] < len(detail["input"]))
+    return bool(detail["type"] == "default_factory_not_called")
+
+
 def _problem(where: str, detail: Any, model: type[BaseModel]) -> str:
     path = tuple(detail["loc"])
-    key = ".".join(_as_written(model, path)) or "top level"
-    if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(path[-1]), _siblings(model, path[:-1]), n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(sorted(_siblings(model, path[:-1])))}."
-        return explain(f"{where}: {key}", expected="a known key", found=repr(path[-1]), remedy=hint)
+    place = f"{where}: {key}" if (key := ".".join(_as_written(model, path))) else where
+    match detail["type"]:
+        case "extra_forbidden":
+            siblings = _siblings(model, path[:-1])
+            known = f"Known keys: {', '.join(siblings)}."
+            return explain(place, expected="a known key", found=repr(path[-1]), remedy=_nearest(str(path[-1]), siblings) or known)
+        case "union_tag_invalid" | "union_tag_not_found" if "kind" in detail["ctx"]["discriminator"]:
+            # Not its own text, which lists the tags, quotes the whole section and names no key.
+            kinds = [str(kind) for kind in _tags(_candidates_at(model, path))]
+            tag = detail["ctx"].get("tag")
+            found = "nothing" if tag is None else repr(tag)
+            remedy = _nearest(str(tag), kinds) or "Choose one of them."
+            return explain(f"{place}.kind", expected=f"one of {', '.join(kinds)}", found=found, remedy=remedy)
+        case "value_error" if isinstance(detail["input"], Mapping):
+            # Said by the spec itself, of several keys together: the whole section would not help, nor would its first 80 letters.
+            return f"{place}: {str(detail['ctx']['error']).rstrip('.')}."
     found = "nothing" if detail["type"] == "missing" else repr(detail["input"])[:80]
-    return f"{where}: {key}: {detail['msg']}, found {found}."
+    return f"{place}: {detail['msg'].removeprefix('Value error, ')}, found {found}."
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    """A question for the nearest one; nothing where none is near."""
+    near = difflib.get_close_matches(word, list(words), n=1) or difflib.get_close_matches(word.lower(), list(words), n=1)
+    return f"Did you mean {near[0]!r}?" if near else ""
+
+
+class _Candidate(NamedTuple):
+    """A model that may stand at a place, and the tags by which a union there knows it."""
+
+    model: type[BaseModel]
+    tags: tuple[Any, ...] = ()
 
 
 def _siblings(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """Valid keys at a path of an error; unions are followed through the tags that pydantic puts in the path."""
-    candidates: list[type[BaseModel]] = [model]
-    for part in path:
-        candidates = _next_models(candidates, part)
-    return sorted({name for candidate in candidates for name in candidate.model_fields})
+    return sorted({name for candidate in _candidates_at(model, path) for name in candidate.model.model_fields})
+
+
+def _candidates_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[_Candidate]:
+    return _walked(model, path)[1]
 
 
 def _as_written(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """The keys of a path as they stand in the file, without the tags of unions; they are what --set takes."""
-    candidates: list[type[BaseModel]] = [model]
+    return _walked(model, path)[0]
+
+
+def _walked(model: type[BaseModel], path: tuple[Any, ...]) -> tuple[list[str], list[_Candidate]]:
+    """The keys of a path without the tags of unions, and what may stand there."""
     keys: list[str] = []
+    candidates = [_Candidate(model)]
     after_key = False
     for part in path:
-        fields = {name for candidate in candidates for name in candidate.model_fields}
-        is_tag = after_key and part not in fields and part in _tags(candidates)
-        if not is_tag:
+        if is_tag := after_key and part in _tags(candidates) and (len(candidates) > 1 or not _fields(candidates, part)):
+            candidates = [candidate for candidate in candidates if part in candidate.tags]
+        else:
             keys.append(str(part))
+            # An index of a list or a key of a mapping does not change which model comes next.
+            candidates = [found for field in _fields(candidates, part) for found in _models_in(field.annotation)] or candidates
         after_key = not is_tag
-        candidates = _next_models(candidates, part)
-    return keys
+    return keys, candidates
 
 
-def _next_models(candidates: list[type[BaseModel]], part: Any) -> list[type[BaseModel]]:
-    following: list[type[BaseModel]] = []
-    for candidate in candidates:
-        if part in candidate.model_fields:
-            following += _models_in(candidate.model_fields[part].annotation)
-        elif part in _tags([candidate]):
-            following.append(candidate)
-    # An index of a list or a key of a mapping does not change which model comes next.
-    return following or candidates
+def _fields(candidates: Iterable[_Candidate], name: Any) -> list[FieldInfo]:
+    return [fields[name] for candidate in candidates if name in (fields := candidate.model.model_fields)]
 
 
-def _tags(candidates: list[type[BaseModel]]) -> set[Any]:
-    return {candidate.model_fields["kind"].default for candidate in candidates if "kind" in candidate.model_fields}
+def _tags(candidates: Iterable[_Candidate]) -> list[Any]:
+    return [tag for candidate in candidates for tag in candidate.tags]
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def _models_in(annotation: Any, said: tuple[Any, ...] = ()) -> list[_Candidate]:
+    """said: tags that stand around the annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    arguments = getattr(annotation, "__args__", ())
-    return [found for argument in arguments for found in _models_in(argument)]
+        return [_Candidate(annotation, said or _kinds_of(annotation))]
+    said = tuple(mark.tag for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, Tag)) or said
+    return [found for argument in getattr(annotation, "__args__", ()) for found in _models_in(argument, said)]
+
+
+def _kinds_of(model: type[BaseModel]) -> tuple[Any, ...]:
+    """The words that a model's own `kind` may be."""
+    kind = model.model_fields.get("kind")
+    return () if kind is None else get_args(kind.annotation)

@@ -60,7 +60,7 @@ class BenchJob(Spec):
         if len(set(names)) != len(names):
             raise ValueError("a baseline is listed twice, or a system has the name of one")
         if self.reference not in names:
-            raise ValueError(f"reference is none of {', '.join(names)}")
+            raise ValueError(f"reference {self.reference!r} is none of {', '.join(names)}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("a seed is listed twice")
         if UNCHANGED in self.conditions:

@@ -22,8 +22,8 @@ class Reference:
 
     @cached_property
     def counts(self) -> Floats:
-        """The resamples, (R, n)."""
-        return self.context.resamples(self.predictions).counts()
+        """The resamples, (R, n); none where the studies are too few for an interval."""
+        return self.context.resamples_of_group(self.predictions).counts()
 
     @cached_property
     def replicates(self) -> dict[str, Floats]:

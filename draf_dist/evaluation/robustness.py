@@ -104,7 +104,7 @@ def _removal(reference: Reference, removed: Predictions) -> Cell:
     context = reference.context
     part = Reference(reference.predictions.rows(np.isin(reference.predictions.uid, removed.uid)), context)
     cell, known = _described(part, removed, "", 1.0), removed.labelled()
-    return cell.model_copy(update={"regret": describe_regret(known, context, context.resamples(known))})
+    return cell.model_copy(update={"regret": describe_regret(known, context, context.resamples_of_group(known))})
 
 
 def _described(reference: Reference, corrupted: Predictions, level: str, severity_: float) -> Cell:

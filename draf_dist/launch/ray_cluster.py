@@ -163,15 +163,18 @@ def _own_cluster(profile: RayProfile) -> Iterator[RayCluster]:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         stack.enter_context(environment(client))
         with environment(node):
-            _init(
-                stack,
-                address="local",
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                # One level down: Ray lets everybody read and write the folder that it is given.
-                _temp_dir=f"{folder}/ray",
-                _node_ip_address=LOOPBACK,
-            )
+            try:
+                _init(
+                    stack,
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    # One level down: Ray lets everybody read and write the folder that it is given.
+                    _temp_dir=f"{folder}/ray",
+                    _node_ip_address=LOOPBACK,
+                )
+            except Exception as error:  # noqa: BLE001 - Ray raises Exception itself where one of its processes is not up in time
+                raise _not_up(error) from error
         yield RayCluster({})
 
 
@@ -222,6 +225,12 @@ def _nodes() -> list[dict[str, Any]]:
 def _unreachable(address: str, found: str) -> UnreachableError:
     remedy = "Check the address, and RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH in the environment; run the command on one of its nodes."
     return UnreachableError(explain(f"profile: address {address}", expected="a Ray cluster", found=found, remedy=remedy))
+
+
+def _not_up(error: Exception) -> UnreachableError:
+    remedy = "Is the machine busy, or short of memory? The same command tries again; without --profile it needs no cluster."
+    found = f"one whose processes did not come up ({type(error).__name__})"
+    return UnreachableError(explain("Ray on this machine", expected="a cluster of the command's own", found=found, remedy=remedy))
 
 
 def _no_room(profile: RayProfile, places: int) -> SpecError:

@@ -14,7 +14,10 @@ from draf_dist.sources.tables import Table
 # None where a reason stands.
 Labels = tuple[StudyLabel | None, ...]
 Reasons = NDArray[np.str_]
-DETAILS = {"unknown label": "the label is none that the card lists", "no label": "the label is missing"}
+DETAILS = {
+    "unknown label": "the label is none that the card lists; of a time, no number or below 0",
+    "no label": "the label is missing",
+}
 
 
 def read_labels(card: AnyLabelCard, table: Table, position: NDArray[np.int64]) -> tuple[Labels, Reasons]:

@@ -21,6 +21,7 @@ from draf_dist.models.fusion.aum import AumConfig
 from draf_dist.models.fusion.draf import DrafConfig
 from draf_dist.models.fusion.drifa import DrifaConfig
 from draf_dist.models.kinds import ModelConfig
+from draf_dist.models.seen_sites import trained_sites
 from draf_dist.models.segmentation import BayesianUnetConfig
 from draf_dist.objectives.adversarial import AdversarialConfig, Reduce
 from draf_dist.objectives.bayesian import BayesianObjectiveConfig
@@ -104,7 +105,7 @@ class Finetuning:
         """The exchange form of the model."""
         model = new_model(self.job, self.release, self.labels)
         load_weights(model, weights)
-        return model_files(model, self.job.model, self.release.schema, self.stats)
+        return model_files(model, self.job.model, self.release.schema, self.stats, trained_sites(self.release.manifest.counts))
 
     def prepared(self, batch: Batch) -> Batch:
         """A batch as loaded, on the device and normalised."""

@@ -145,7 +145,8 @@ class FinetuneJob(TrainJob):
     def _objective_of_the_model(self) -> "FinetuneJob":
         known = objectives_of(self.model.kind)
         if self.objective.kind not in known:
-            raise ValueError(f"model {self.model.kind} is trained by the objective {' or '.join(known)}, not {self.objective.kind}")
+            found = f"model {self.model.kind} is trained by the objective {' or '.join(known)}, not {self.objective.kind}"
+            raise ValueError(f"{found}: set objective.kind to {known[0]}, or choose another model.kind")
         return self
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ import pytest
 from memory_delivery import sealed
 from memory_source import KEY, MemorySource
 
-from draf_dist.cli import doctor
+from draf_dist.cli import app, doctor
 from draf_dist.cli.app import main
 from draf_dist.data.prepare import prepare
 
@@ -42,6 +42,18 @@ def test_ctrl_c_outside_training_says_what_to_do_and_exits_5(
         main(["doctor", "--json"])
     assert ended.value.code == 5
     assert "Run the same command again" in capsys.readouterr().err
+
+
+def test_an_error_for_want_of_memory_is_told_as_one_and_as_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    allocator = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ...")
+    for error in (allocator, MemoryError()):
+        app._one_line(type(error), error, None)
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.startswith("error: memory: expected room")
+        assert "batch_size" in said
+        assert "bug" not in said
+    app._one_line(RuntimeError, RuntimeError("other"), None)
+    assert "This is a bug" in " ".join(capsys.readouterr().err.split())
 
 
 def test_heavy_libraries_wait_for_the_command_that_needs_them(tmp_path: Path) -> None:

@@ -46,6 +46,16 @@ def test_fast_intervals_are_those_of_the_plain_bootstrap() -> None:
     assert reference.estimates()["auroc"].model_dump() == pytest.approx(plain["auroc"].model_dump())
 
 
+@pytest.mark.parametrize(("n", "says"), [(9, False), (10, True)])
+def test_few_studies_have_a_cost_but_no_interval_and_so_no_certain_loss(n: int, says: bool) -> None:
+    test, _ = studies(n, seed=5)
+    flipped = type(test)(**{**vars(test), "probability": test.probability[:, ::-1]})
+    found = compare(Reference(test, context(None)), flipped)
+    for name in ("auroc_difference", "nll_difference"):
+        assert found[name].value is not None
+        assert (found[name].low is not None) == says
+
+
 def test_other_studies_are_no_pair() -> None:
     test, _ = studies(seed=1)
     with pytest.raises(ValueError, match="same studies"):

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sqlite3
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +15,11 @@ from draf_dist.cli.app import app
 from draf_dist.config.spec import fingerprint
 from draf_dist.continual.comparison import Comparison, Slice
 from draf_dist.continual.policy import GatePolicy
-from draf_dist.continual.registry import DEFAULT_URL, TAG_LENGTH, Registry
+from draf_dist.continual.registry import TAG_LENGTH, Registry
 from draf_dist.continual.serve import predict
 from draf_dist.continual.verdict import Decision, Lineage, Side, Verdict
 from draf_dist.continual.version import ModelVersion
-from draf_dist.errors import DataError, GateError, SpecError, UnreachableError
+from draf_dist.errors import DataError, GateError, SpecError
 from draf_dist.evaluation.subject import read_exported
 from draf_dist.models.build import build_model
 from draf_dist.models.export import DESCRIPTION, WEIGHTS, model_files
@@ -304,14 +302,6 @@ def test_changed_settings_are_neither_promoted_nor_served(runs: Path, tmp_path: 
     assert registry.register("other", str(tmp_path / "run")).version == 2
 
 
-def test_asking_of_a_registry_that_is_not_there_makes_nothing(tmp_path: Path) -> None:
-    registry = Registry(f"sqlite:///{tmp_path / 'typo' / 'registry.db'}")
-    for ask in (registry.rollback, registry.versions, lambda name: registry.promote(name, 1)):
-        with pytest.raises(SpecError, match="found nothing"):
-            ask(MODEL_NAME)
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_champion_is_not_judged_against_itself(registry: Registry, url: str) -> None:
     registry.promote(MODEL_NAME, 1)
     words = ["models", "gate", MODEL_NAME, "--version", "1", "--holdout", "data@0", "--registry", url]
@@ -341,41 +331,6 @@ def test_predictions_go_into_a_file_that_has_a_name(registry: Registry, url: str
     assert "--out: expected a file" in str(told)
 
 
-def broken(path: Path) -> None:
-    path.write_text("this is no database, whatever its name says\n" * 100)
-
-
-def foreign(path: Path) -> None:
-    with sqlite3.connect(path) as connection:
-        connection.execute("CREATE TABLE notes (text)")
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "words"),
-    [
-        (lambda path: None, SpecError, "expected a registry, found nothing"),
-        (foreign, SpecError, "another database"),
-        (broken, UnreachableError, "can be read and written"),
-        (lambda path: path.mkdir(), UnreachableError, "can be read and written"),
-    ],
-)
-def test_what_is_no_registry_is_refused_and_left_alone(
-    tmp_path: Path, make: Callable[[Path], None], error: type[Exception], words: str
-) -> None:
-    path = tmp_path / "registry.db"
-    make(path)
-    before = path.read_bytes() if path.is_file() else None
-    with pytest.raises(error, match=words):
-        Registry(f"sqlite:///{path}").versions(MODEL_NAME)
-    assert (path.read_bytes() if path.is_file() else None) == before
-
-
-@pytest.mark.parametrize("url", ["postgresql://host/db", "registry.db", "sqlite:///"])
-def test_only_sqlite_files_are_registries(url: str) -> None:
-    with pytest.raises(SpecError, match="sqlite:///PATH"):
-        Registry(url)
-
-
 def test_unknown_models_and_versions_are_told_with_what_is_there(registry: Registry) -> None:
     with pytest.raises(SpecError, match=f"no 'deth'. There are: {MODEL_NAME}"):
         registry.versions("deth")
@@ -390,12 +345,3 @@ def test_a_run_that_is_not_finished_is_no_version(registry: Registry, runs: Path
     shutil.rmtree(tmp_path / "run" / MODEL)
     with pytest.raises(SpecError, match="finished run"):
         registry.register(MODEL_NAME, str(tmp_path / "run"))
-
-
-def test_the_registry_is_where_the_user_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DRAF_REGISTRY", raising=False)
-    assert Registry().path == tmp_path / DEFAULT_URL.removeprefix("sqlite:///")
-    monkeypatch.setenv("DRAF_REGISTRY", "sqlite:////somewhere/else.db")
-    assert Registry().path == Path("/somewhere/else.db")
-    assert Registry("sqlite:///here.db").path == tmp_path / "here.db"

@@ -1,0 +1,25 @@
+"""A Ray cluster of the command's own that does not come up, as on a machine that is too busy for it."""
+
+from pathlib import Path
+
+import pytest
+import ray
+
+from draf_dist.errors import UnreachableError
+from draf_dist.launch import ray_cluster
+from draf_dist.launch.profile import RayProfile
+
+
+def test_a_cluster_that_does_not_come_up_is_no_bug_and_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def too_late(**arguments: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    # Whether Ray's processes are up in time can't be asked for otherwise.
+    monkeypatch.setattr(ray, "init", too_late)
+    monkeypatch.setattr(ray_cluster, "TEMPORARY", str(tmp_path))
+    with (
+        pytest.raises(UnreachableError, match="did not come up .* The same command tries again"),
+        ray_cluster.ray_cluster(RayProfile(workers=2)),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
