@@ -24,14 +24,17 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What looks at a clock while it trains on several processes has the machine to itself; of all the rest two files run at a time, those
-# that start Ray clusters (and wait for them half of the time) after the others.
-ALONE := $(patsubst %,tests/integration/test_%.py,chaos ray_train)
-CLUSTERS := $(patsubst %,tests/integration/test_%.py,demo ray_executor submit tune) tests/layout/test_readme.py
+# What asserts seconds while it trains on several processes has the machine to itself; of all the rest two files run at a time, in the order
+# in which they stand here: whole data sets and trainings early, unit tests last, so that neither core waits long for the other. Files that
+# start Ray clusters (and wait for them half of the time) come after the others. The first of these, a single test, is the longest by far, and
+# a worker whose file has at most two tests left is given another at once: the third, which therefore is a short one.
+ALONE := tests/integration/test_ray_train.py
+CLUSTERS := $(patsubst %,tests/integration/test_%.py,demo submit ray_executor tune chaos) tests/layout/test_readme.py
+TWO := $(BIN)/python -m pytest --durations=25 -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
-	$(BIN)/python -m pytest --durations=25 -n 2 --dist loadfile tests $(addprefix --ignore=,$(ALONE) $(CLUSTERS))
-	$(BIN)/python -m pytest --durations=25 -n 2 --dist loadfile --no-loadscope-reorder $(CLUSTERS)
+	$(TWO) tests $(addprefix --ignore=,$(ALONE) $(CLUSTERS))
+	$(TWO) $(CLUSTERS)
 	$(BIN)/python -m pytest --durations=25 $(ALONE)
 
 demo: $(STAMP)

@@ -94,7 +94,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_in(home: Path, words: list[str], told: str = "") -> str:
     """What a Python of that folder says. Its draf_dist comes before the installed one."""
-    environment = os.environ | {"PYTHONPATH": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(home)}
     done = subprocess.run(
         [sys.executable, *words], cwd=home, env=environment, input=told, capture_output=True, text=True, check=False
     )

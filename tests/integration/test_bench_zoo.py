@@ -1,19 +1,18 @@
 """A tiny zoo: systems under conditions, with a planted posterior; killed, continued, extended."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked_command import draf, started
 from planted_wards import write_export, write_job
+from typer.testing import CliRunner
 
+from draf_dist.cli.app import app
 from draf_dist.data.loader import evaluation_batches
 from draf_dist.errors import SpecError
 from draf_dist.evaluation import bench_folds
@@ -94,9 +93,30 @@ def run(folder: Path, *names: str) -> tuple[Bench, list[str]]:
     return run_bench(bench, Serial(), heard, truth_of(bench)), heard.cells
 
 
+@dataclass(frozen=True)
+class Extended:
+    """A benchmark under some conditions, and the same folder with one condition more. stamps: of what is trained."""
+
+    before: Bench
+    cells: tuple[list[str], list[str]]
+    stamps: tuple[dict[Path, int], dict[Path, int]]
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bench]:
-    folder = tmp_path_factory.mktemp("zoo")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("zoo")
+
+
+@pytest.fixture(scope="module")
+def extended(folder: Path) -> Extended:
+    before, first = run(folder, "sigma", "swap")
+    stamps = trained(folder)
+    _, second = run(folder, *CONDITIONS)
+    return Extended(before, (first, second), (stamps, trained(folder)))
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, extended: Extended) -> tuple[Path, Bench]:
     return folder, run(folder, *CONDITIONS)[0]
 
 
@@ -177,15 +197,11 @@ def test_all_systems_and_seeds_meet_the_same_disturbance(finished: tuple[Path, B
         assert len({tuple(one.present.tobytes() for one in parts) for parts in found}) == 1
 
 
-def test_a_new_condition_trains_nothing_again(finished: tuple[Path, Bench], tmp_path: Path) -> None:
-    before, cells = run(tmp_path, "sigma", "swap")
-    assert len(cells) == 10
-    stamps = trained(tmp_path)
-    after, cells = run(tmp_path, *CONDITIONS)
-    assert (len(cells), trained(tmp_path)) == (10, stamps)
-    assert after.conditions == finished[1].conditions
-    assert before.conditions == after.conditions[:3]
-    assert run(tmp_path, *CONDITIONS) == (after, [])
+def test_a_new_condition_trains_nothing_again(finished: tuple[Path, Bench], extended: Extended) -> None:
+    assert [len(cells) for cells in extended.cells] == [10, 10]
+    assert extended.stamps[0] == extended.stamps[1]
+    assert extended.before.conditions == finished[1].conditions[:3]
+    assert run(finished[0], *CONDITIONS) == (finished[1], [])
 
 
 def trained(folder: Path) -> dict[Path, int]:
@@ -215,23 +231,33 @@ def test_a_condition_that_fits_nothing_is_refused_before_anything_is_trained(tmp
     assert not (tmp_path / "out" / "cells").exists()
 
 
+def test_conditions_added_later_are_those_predicted_at_once(finished: tuple[Path, Bench]) -> None:
+    folder, bench = finished
+    stamps = trained(folder)
+    for file in folder.glob("out/cells/*/*/predictions/ood@*.parquet"):
+        file.unlink()
+    again, cells = run(folder, *CONDITIONS)
+    assert (len(cells), trained(folder)) == (10, stamps)
+    assert again.conditions == bench.conditions
+
+
 @pytest.mark.slow
-def test_a_killed_command_goes_on_where_it_was(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "draf_dist.cli.app", "bench", str(write_job(tmp_path))]
-    command += ["--raw", str(write_export(tmp_path / "raw")), "--out", str(out), "--executor", "serial", "--json"]
+def test_a_killed_command_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRAF_SUBJECT_KEY", KEY.decode())
+    out, said = tmp_path / "out", tmp_path / "said"
+    words = ["bench", str(write_job(tmp_path)), "--raw", str(write_export(tmp_path / "raw"))]
+    words += ["--out", str(out), "--executor", "serial", "--json"]
     for setting in (*overrides("mcar"), f"systems={{mean: {{model: {INNER}}}}}", "baselines=[]", "seeds=[0]"):
-        command += ["--set", setting]
-    environment = os.environ | {"DRAF_SUBJECT_KEY": KEY.decode(), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        words += ["--set", setting]
+    process = started(draf, said, *words)
     while not list(out.glob("cells/mean/fold-0*/run/checkpoints/step-*")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+        assert process.exitcode is None, said.read_text()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     assert not list(out.glob("cells/mean/fold-0*/cell.json"))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
     (ledger,) = out.glob("cells/mean/fold-0*/run/ledger.jsonl")
     assert [json.loads(line)["event"] for line in ledger.read_text().splitlines()].count("attempt") == 2
     assert [condition.name for condition in Bench.model_validate_json(done.stdout).conditions] == ["clean", "mcar"]

@@ -2,11 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import S3
+from forked_command import draf, started
 from rich.console import Console
-from small_runs import small_model
+from small_runs import small_job, small_model
 
 from draf_dist.data.corruption import CorruptedSplit, Corruptor, EhrNoise, GaussianNoise, Missing, MissingNotAtRandom, Swap
 from draf_dist.data.loader import SplitLoader
@@ -68,17 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     synthesise(folder / "export", num_sites=4, num_subjects=160, seed=2)
     source = HospitalExport(load_card(folder / "export" / "card.yaml"), folder / "export" / "raw")
     release = prepare(source, str(folder / "release"), subject_key=KEY)
-    job = FinetuneJob.model_validate(
-        {
-            "name": "small",
-            "release": release.url,
-            "model": small_model(),
-            "batch_size": 32,
-            "epochs": 2,
-            "passes_train": 2,
-            "passes_eval": 4,
-        }
-    )
+    job = small_job(release.url, batch_size=32, epochs=2, passes_eval=4)
     train(job, str(folder / "run"), console=Console(file=io.StringIO()))
     return folder
 
@@ -213,11 +203,8 @@ def test_an_evaluation_leaves_no_file_of_an_earlier_one(folder: Path, tmp_path: 
     (tmp_path / "run" / "predictions").mkdir(exist_ok=True)
     (tmp_path / "run" / "predictions" / "test@jpeg.parquet").write_bytes(b"of an earlier evaluation")
     evaluate(str(tmp_path / "run"), JOB.model_copy(update={"sweep": None, "bootstrap": 0}))
-    assert sorted(path.name for path in (tmp_path / "run" / "predictions").iterdir()) == [
-        "ood.parquet",
-        "test.parquet",
-        "val.parquet",
-    ]
+    files = sorted(path.name for path in (tmp_path / "run" / "predictions").iterdir())
+    assert files == ["ood.parquet", "test.parquet", "val.parquet"]
 
 
 def test_a_release_of_another_schema_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -231,10 +218,16 @@ def test_a_release_of_another_schema_is_refused(folder: Path, tmp_path: Path) ->
         evaluate(str(folder / "run"), JOB, release_url=other.url)
 
 
-def test_with_a_release_that_is_given_the_model_keeps_its_own_statistics(folder: Path, tmp_path: Path) -> None:
-    synthesise(tmp_path / "export", num_sites=4, num_subjects=120, seed=9)
-    source = HospitalExport(load_card(tmp_path / "export" / "card.yaml"), tmp_path / "export" / "raw")
-    other = prepare(source, str(tmp_path / "release"), subject_key=KEY)
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    """Of other hospitals."""
+    folder = tmp_path_factory.mktemp("other")
+    synthesise(folder / "export", num_sites=4, num_subjects=120, seed=9)
+    source = HospitalExport(load_card(folder / "export" / "card.yaml"), folder / "export" / "raw")
+    return prepare(source, str(folder / "release"), subject_key=KEY)
+
+
+def test_with_a_release_that_is_given_the_model_keeps_its_own_statistics(folder: Path, other: Release) -> None:
     subject = open_subject(str(folder / "run"), other.url)
     assert subject.release.version == other.version
     assert subject.exported.stats != other.stats
@@ -243,22 +236,18 @@ def test_with_a_release_that_is_given_the_model_keeps_its_own_statistics(folder:
     )
 
 
-def test_a_release_that_is_given_fits_nothing(folder: Path, tmp_path: Path) -> None:
+def test_a_release_that_is_given_fits_nothing(folder: Path, evaluation: Evaluation, other: Release, tmp_path: Path) -> None:
     shutil.copytree(folder / "run", tmp_path / "run")
-    own = evaluate(str(tmp_path / "run"), JOB)
-    synthesise(tmp_path / "export", num_sites=4, num_subjects=120, seed=9)
-    source = HospitalExport(load_card(tmp_path / "export" / "card.yaml"), tmp_path / "export" / "raw")
-    other = prepare(source, str(tmp_path / "release"), subject_key=KEY)
-    there = evaluate(str(tmp_path / "run"), JOB, release_url=other.url)
-    assert there.temperature == own.temperature
+    there = evaluate(str(tmp_path / "run"), JOB.model_copy(update={"sweep": None}), release_url=other.url)
+    assert there.temperature == evaluation.temperature
     assert there.splits[0].num_studies == other.manifest.receipts["test"].count
     # What was found of the run's own release is still what stands in the run.
     store = open_store(str(tmp_path / "run"))
-    assert read_evaluation(store) == own
+    assert read_evaluation(store) == evaluation
     where = results_folder(there.about)
     assert where == f"evaluations/{other.version}/"
     assert {f"{where}evaluation.json", f"{where}report.html", f"{where}predictions/test.parquet"} <= set(store.list(where))
-    assert read_predictions(store, "predictions/test.parquet")[0].num_studies == own.splits[0].num_studies
+    assert read_predictions(store, "predictions/test.parquet")[0].num_studies == evaluation.splits[0].num_studies
 
 
 @pytest.mark.parametrize("kind", ["mean", "concat", "late_mean"])
@@ -346,21 +335,25 @@ def test_two_processes_write_the_bytes_of_one(folder: Path, results: dict[str, b
     assert written(copy) == results
 
 
+def evaluate_finely(folder: Path, url: str) -> None:
+    vars(parts).update(FINE)
+    (folder / "job.yaml").write_text(CUT.model_dump_json())
+    draf(folder / "said", "evaluate", url, "--job", str(folder / "job.yaml"))
+
+
 @pytest.mark.usefixtures("fine")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
 def test_killed_at_any_moment_the_same_evaluation_goes_on(
     number: signal.Signals, folder: Path, results: dict[str, bytes], tmp_path: Path
 ) -> None:
-    copy, job = copied(folder, tmp_path), tmp_path / "job.yaml"
-    job.write_text(CUT.model_dump_json())
-    cut = f"from draf_dist.evaluation import parts; vars(parts).update({FINE})"
-    command = f"{cut}; from draf_dist.cli.app import main; main(['evaluate', {copy.url!r}, '--job', {str(job)!r}])"
-    process = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL)
+    copy = copied(folder, tmp_path)
+    process = started(evaluate_finely, tmp_path, copy.url)
     while len(stored_parts(copy)) < 3:
-        assert process.poll() is None
+        assert process.exitcode is None
         time.sleep(0.002)
-    process.send_signal(number)
-    assert process.wait(60) == (-number if number == signal.SIGKILL else InterruptedRunError.exit_code)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == (-number if number == signal.SIGKILL else InterruptedRunError.exit_code)
     assert not copy.exists("evaluation.json")
     stored = len(stored_parts(copy))
     before, total = continued(copy)

@@ -1,48 +1,33 @@
 """A run that is killed and continued equals one that never was, bit for bit."""
 
-import io
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
-from safetensors.torch import load_file
+from compared_runs import assert_same_run, interrupt_at, losses, run, tensors_at, validations
+from forked_command import started
 from small_runs import silent, small_job, small_release
 from stop_after import StopAfter
 
 from draf_dist.data.release import open_release
 from draf_dist.errors import DataError, GateError, InterruptedRunError, SpecError
-from draf_dist.protocols.names import checkpoint_folder, tensors_file
 from draf_dist.storage import open_store
 from draf_dist.training.exporting import export_best
 from draf_dist.training.job import CheckpointConfig, FinetuneJob
 from draf_dist.training.journal import read_lines
 from draf_dist.training.ledger import receipts_by_epoch
 from draf_dist.training.pin import pin
-from draf_dist.training.run import RunResult, attempt, begin, train
+from draf_dist.training.run import attempt, begin
 from draf_dist.training.run_folder import Fence, enter_run, open_run
 from draf_dist.training.summary import summarise
 from draf_dist.training.torch_engine import OneProcess
 from draf_dist.training.trace import trace
-
-# A run that ended: its result and its folder.
-Finished = tuple[RunResult, Path]
-COMMAND = """
-import sys
-from draf_dist.training.run import train
-from draf_dist.training.jobs import load_job
-train(load_job(sys.argv[1]), sys.argv[2])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +40,6 @@ def job(release_url: str) -> FinetuneJob:
     return small_job(release_url, checkpoint={"every_steps": 3, "keep": 3})
 
 
-def run(job: FinetuneJob, out: Path, **options: Any) -> RunResult:
-    return train(job, str(out), console=silent(), **options)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(job: FinetuneJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
@@ -66,55 +47,10 @@ def undisturbed(job: FinetuneJob, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def losses(out: Path) -> list[tuple[int, float]]:
-    lines = read_lines(open_store(str(out)), "metrics.jsonl")
-    return [(line["step"], line["loss"]) for line in lines if line["event"] == "step"]
-
-
-def validations(out: Path) -> list[tuple[int, float]]:
-    lines = read_lines(open_store(str(out)), "metrics.jsonl")
-    return [(line["step"], line["nll"]) for line in lines if line["event"] == "epoch"]
-
-
-def last_weights(out: Path) -> dict[str, torch.Tensor]:
-    checkpoints = open_run(str(out)).checkpoints
-    return dict(checkpoints.at(checkpoints.steps()[-1]).tensors)
-
-
-def tensors_at(out: Path, step: int) -> Path:
-    """The file of the only rank in the checkpoint of a step."""
-    checkpoints = open_run(str(out)).checkpoints
-    (found,) = (each for each in checkpoints.ids() if f"step-{step:08d}-" in each)
-    return out / checkpoint_folder(found) / tensors_file(0)
-
-
-def assert_same_run(left: Path, right: Path) -> None:
-    assert losses(left) == losses(right)
-    assert validations(left) == validations(right)
-    a, b = last_weights(left), last_weights(right)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(value, b[name]) for name, value in a.items())
-    assert (left / "model" / "model.safetensors").read_bytes() == (right / "model" / "model.safetensors").read_bytes()
-
-
 def assert_each_study_once_per_epoch(out: Path, job: FinetuneJob) -> None:
     expected = open_release(job.release).manifest.receipts["train"]
     receipts = receipts_by_epoch(read_lines(open_store(str(out)), "ledger.jsonl"))
     assert receipts == dict.fromkeys(range(job.epochs), expected)
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Sends this process a real SIGTERM once a step has been recorded."""
-    from draf_dist.training.tracking import Tracker
-
-    record = Tracker.step
-
-    def recorded(self: Tracker, report: Any, supply: Any) -> None:
-        record(self, report, supply)
-        if report.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Tracker, "step", recorded)
 
 
 def test_a_run_consumes_each_study_once_per_epoch_and_logs_each_step_once(undisturbed: Path, job: FinetuneJob) -> None:
@@ -186,17 +122,16 @@ def num_validated(job: FinetuneJob) -> int:
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(
     undisturbed: Path, job: FinetuneJob, tmp_path: Path
 ) -> None:
-    """A real process gets SIGKILL at two random steps; every time the same command is given again."""
-    spec, out = tmp_path / "job.yaml", tmp_path / "run"
-    spec.write_text(json.dumps(job.model_dump(mode="json")))
-    command = [sys.executable, "-c", COMMAND, str(spec), str(out)]
+    """A real process gets SIGKILL at two random steps; every time the same job is given again."""
+    out = tmp_path / "run"
     num_steps, reached = len(losses(undisturbed)), []
     for kill_after in sorted(random.Random(7).sample(range(1, num_steps - 2), 2)):
-        kill_once(command, out / "metrics.jsonl", kill_after)
+        kill_once(started(run, job, out), out / "metrics.jsonl", kill_after)
         reached.append(last_step(out / "metrics.jsonl"))
         assert open_run(str(out)).end() is None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    last = started(run, job, out)
+    last.join(300)
+    assert last.exitcode == 0
     assert_same_run(undisturbed, out)
     assert_each_study_once_per_epoch(out, job)
     assert_every_second_is_told(out, reached)
@@ -220,17 +155,16 @@ def assert_every_second_is_told(out: Path, reached: list[int]) -> None:
     assert ledger[-1]["goodput"]["seconds"] == found.seconds
 
 
-def kill_once(command: list[str], metrics: Path, after: int) -> None:
-    """Starts the command and kills it once this attempt has recorded a step past `after`."""
+def kill_once(process: BaseProcess, metrics: Path, after: int) -> None:
+    """Kills a process that trains once its attempt has recorded a step past `after`."""
     before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 300
     while not metrics.exists() or metrics.stat().st_mtime_ns == before or last_step(metrics) <= after:
-        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert process.exitcode is None
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.kill()
-    process.communicate()
+    process.join()
 
 
 def last_step(metrics: Path) -> int:
@@ -318,78 +252,6 @@ def test_a_checkpoint_of_another_job_is_refused(job: FinetuneJob, tmp_path: Path
         run(other, tmp_path / "other")
 
 
-@pytest.fixture(scope="module")
-def spoiled(job: FinetuneJob) -> FinetuneJob:
-    """With a rate that spoils the weights the first epochs are the best ones."""
-    return job.model_copy(
-        update={"patience": 2, "epochs": 40, "optimizer": job.optimizer.model_copy(update={"learning_rate": 0.1})}
-    )
-
-
-@pytest.fixture(scope="module")
-def soon_spoiled(spoiled: FinetuneJob, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """That run, whole."""
-    out = tmp_path_factory.mktemp("spoiled") / "run"
-    return run(spoiled, out), out
-
-
-def without_its_end(whole: Path, out: Path) -> None:
-    """A copy, as a kill in the export would have left it."""
-    shutil.copytree(whole, out)
-    ledger = out / "ledger.jsonl"
-    *before_end, _ = ledger.read_text().splitlines(keepends=True)
-    ledger.write_text("".join(before_end))
-
-
-@pytest.mark.parametrize("how", ["broken", "gone"])
-def test_best_weights_that_are_lost_are_made_again(spoiled: FinetuneJob, soon_spoiled: Finished, tmp_path: Path, how: str) -> None:
-    """Every checkpoint that is left is from after them: the run begins at step 0, and comes to the same."""
-    (result, whole), out = soon_spoiled, tmp_path / "run"
-    without_its_end(whole, out)
-    weights = tensors_at(out, result.best_step)
-    shutil.rmtree(weights.parent) if how == "gone" else weights.write_bytes(b"rot")
-    assert replace(run(spoiled, out), url=result.url) == result
-    assert [line["start"] for line in open_run(str(out)).ledger() if line["event"] == "attempt"] == [0, 0]
-    assert_same_run(whole, out)
-
-
-def test_best_weights_that_are_lost_are_missed_when_the_run_goes_on(
-    spoiled: FinetuneJob, soon_spoiled: Finished, tmp_path: Path
-) -> None:
-    """Not only at its end; and an older checkpoint, which has another best, serves."""
-    result, whole = soon_spoiled
-    out, said, kept = tmp_path / "run", io.StringIO(), spoiled.model_copy(update={"checkpoint": CheckpointConfig(keep=9)})
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        interrupt_at(monkeypatch, result.best_step + 2)
-        with pytest.raises(InterruptedRunError):
-            run(kept, out)
-    tensors_at(out, result.best_step).write_bytes(b"rot")
-    before = max((step for step in open_run(str(out)).checkpoints.steps() if step < result.best_step), default=0)
-    assert replace(train(kept, str(out), console=Console(file=said, width=1000)), url=result.url) == result
-    assert f"the run goes back to before step {result.best_step}" in said.getvalue()
-    starts = [line["start"] for line in open_run(str(out)).ledger() if line["event"] == "attempt"]
-    assert starts == [0, before]
-    assert_same_run(whole, out)
-
-
-def test_best_weights_that_are_lost_at_the_export_cost_no_fresh_start(
-    spoiled: FinetuneJob, soon_spoiled: Finished, tmp_path: Path
-) -> None:
-    from draf_dist.training import run as running
-
-    def break_and_export(folder: Any, stage: Any, step: int) -> None:
-        tensors_at(tmp_path / "run", step).write_bytes(b"rot")
-        export_best(folder, stage, step)
-
-    without_its_end(soon_spoiled[1], tmp_path / "run")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(running, "export_best", break_and_export)
-        with pytest.raises(DataError, match=r"expected the weights of the best validation.*The same command goes back") as caught:
-            run(spoiled, tmp_path / "run")
-    # That it does: see the test before.
-    assert "--fresh" not in str(caught.value)
-
-
 def test_an_attempt_that_was_overtaken_in_its_export_does_not_say_that_it_finished(job: FinetuneJob, tmp_path: Path) -> None:
     from draf_dist.training import run as running
 
@@ -402,25 +264,6 @@ def test_an_attempt_that_was_overtaken_in_its_export_does_not_say_that_it_finish
         with pytest.raises(GateError, match="a later one"):
             run(job.model_copy(update={"epochs": 1}), tmp_path / "run")
     assert open_run(str(tmp_path / "run")).end() is None
-
-
-def test_training_stops_early_and_keeps_the_best(spoiled: FinetuneJob, soon_spoiled: Finished, tmp_path: Path) -> None:
-    result, whole = soon_spoiled
-    found = validations(whole)
-    assert result.steps < 40 * found[0][0]
-    assert found[-1][1] >= result.best_loss
-    assert result.best_step == found[-3][0]
-    exported = load_file(whole / "model" / "model.safetensors")
-    best = open_run(str(whole)).checkpoints.at(result.best_step).tensors.weights()
-    assert all(torch.equal(value, best[name]) for name, value in exported.items())
-
-    # Stopped after the best epoch, the run must remember which one that was and how long ago.
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        interrupt_at(monkeypatch, result.best_step + 2)
-        with pytest.raises(InterruptedRunError):
-            run(spoiled, tmp_path / "continued")
-    assert replace(run(spoiled, tmp_path / "continued"), url=result.url) == result
-    assert_same_run(whole, tmp_path / "continued")
 
 
 def test_trace_finds_every_use_of_a_study_that_the_receipts_count(undisturbed: Path, job: FinetuneJob) -> None:
