@@ -79,7 +79,7 @@ def markdown(bench: Bench) -> str:
         *_table(columns_of(about.task), [cells_of(row, about.task) for row in bench.rows]),
         "",
         f"Pooled over the folds after temperature scaling, the mean over training seeds ({_seeds(bench)}). Brackets: 95 % over "
-        f"{about.bootstrap:,} resamples of subjects, the same for all rows. {EXPLAINED[about.task]}",
+        f"{about.bootstrap:,} resamples of {_drawn(bench)}, the same for all rows. {EXPLAINED[about.task]}",
         "",
         f"Differences to `{about.reference}`, paired; **bold**: p below {LEVEL:g} after Holm's correction for the "
         f"{len(bench.rows) - 1} systems of the column:",
@@ -107,7 +107,7 @@ def _conditions(bench: Bench) -> list[str]:
         lines += _by_condition(bench, metric, f"{title}, difference to `{bench.about.reference}`:", _difference)
     return [
         *lines,
-        f"Brackets: 95 % over {bench.about.bootstrap:,} resamples of subjects and training seeds. **Bold**: p below {LEVEL:g} "
+        f"Brackets: 95 % over {bench.about.bootstrap:,} resamples of {_drawn(bench)}. **Bold**: p below {LEVEL:g} "
         f"after Holm's correction for the {len(bench.rows) - 1} systems of its column.",
         "",
     ]
@@ -134,6 +134,10 @@ def _difference(row: Row | UnderCondition, metric: str) -> str:
 def _seeds(bench: Bench) -> str:
     most = max((row.seeds for row in bench.rows), key=len)
     return f"{len(most)} of a network, 1 of a baseline" if any(row.is_baseline for row in bench.rows) else str(len(most))
+
+
+def _drawn(bench: Bench) -> str:
+    return "subjects and training seeds" if any(len(row.seeds) > 1 for row in bench.rows) else "subjects"
 
 
 def _number(value: float | None) -> str:
