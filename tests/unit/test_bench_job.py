@@ -151,12 +151,19 @@ def found(spec: Spec, name: str) -> Iterator[tuple[str, Any]]:
             yield field, value
 
 
-def test_the_search_for_a_reliability_differs_from_the_zoo_by_what_it_asks_alone(zoo: BenchJob) -> None:
+SHARED = {
+    "bench_findings_eicu": {"mean_mc", "severity_rejection", "severity_cross_modal_gate", "draf_alpha_0"},
+    "bench_parts_eicu": {"mean_mc", "late_mean", "draf_alpha_0", "drfuse", "aum"},
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_asks_further_differs_from_the_zoo_by_what_it_asks_alone(zoo: BenchJob, name: str) -> None:
     """Systems of one name are one system, so the two tables can be laid side by side; the others differ in model, loss or law."""
-    search = load_bench_job(Path(__file__).resolve().parents[2] / "jobs" / "bench_findings_eicu.yaml")
-    jobs, known = search.jobs("search"), zoo.jobs("zoo")
-    assert {"mean_mc", "severity_rejection", "severity_cross_modal_gate", "draf_alpha_0"} <= jobs.keys() & known.keys()
-    assert all(jobs[name] == known[name] for name in jobs.keys() & known.keys())
+    further = load_bench_job(Path(__file__).resolve().parents[2] / "jobs" / f"{name}.yaml")
+    jobs, known = further.jobs("further"), zoo.jobs("zoo")
+    assert jobs.keys() & known.keys() == SHARED[name]
+    assert all(jobs[system] == known[system] for system in SHARED[name])
     own = {"name", "model", "objective", "corruption"}
     assert len({job.model_dump_json(exclude=own) for job in (*jobs.values(), known["mean_mc"])}) == 1
-    assert (search.folds, search.fold_seed, search.card, search.passes) == (zoo.folds, zoo.fold_seed, zoo.card, zoo.passes)
+    assert (further.folds, further.fold_seed, further.card, further.passes) == (zoo.folds, zoo.fold_seed, zoo.card, zoo.passes)
