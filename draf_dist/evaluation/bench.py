@@ -39,6 +39,7 @@ from draf_dist.evaluation.bench_scores import (
     primary_by_fold,
     primary_by_seed,
     replicate,
+    seed_test,
 )
 from draf_dist.evaluation.cox_baseline import check_cox
 from draf_dist.evaluation.cox_regression import CoxRegressionConfig
@@ -169,7 +170,7 @@ def score(prepared: Prepared, truth: Truth | None = None) -> Bench:
     subject = _subject_numbers(prepared.releases[0], reference)
     resamples = Resamples(subject, replicates=job.bootstrap, seed=job.bootstrap_seed)
     replicates = replicate(pooled, resamples)
-    rows = [_row(name, pooled[name], replicates, [pair for pair in found if pair[0].system == name], job) for name in job.names]
+    rows = [_row(name, pooled, replicates, [pair for pair in found if pair[0].system == name], job) for name in job.names]
     about, conditions = _about(prepared, reference, resamples.num_subjects), _conditions(prepared, found, resamples, truth)
     return Bench(about=about, rows=tuple(rows), conditions=conditions)
 
@@ -312,15 +313,17 @@ def _subject_numbers(release: Release, pooled: Pooled) -> Rows:
 
 def _row(
     name: str,
-    seeds: Sequence[Pooled],
+    pooled: Mapping[str, Sequence[Pooled]],
     replicates: Mapping[str, Mapping[str, Floats]],
     found: Sequence[Finished],
     job: BenchJob,
 ) -> Row:
-    by_fold, primary = primary_by_fold(seeds, job.folds), TASKS[seeds[0].task].primary
+    seeds = pooled[name]
+    by_seed, by_fold = primary_by_seed(seeds), primary_by_fold(seeds, job.folds)
+    primary = TASKS[seeds[0].task].primary
     known = [value for value in by_fold if value is not None]
     each: dict[str, Any] = {
-        "by_seed": primary_by_seed(seeds),
+        "by_seed": by_seed,
         "by_fold": by_fold,
         "median_fold": float(np.median(known)) if known else None,
     }
@@ -336,6 +339,7 @@ def _row(
         ece_floor=floor_of(seeds, job.bootstrap_seed),
         holm={metric: p[name] for metric, p in holm_of(replicates, job.reference).items() if name in p},
         **{f"{primary}_{what}": value for what, value in each.items()},
+        over_seeds=None if name == job.reference else seed_test(by_seed, primary_by_seed(pooled[job.reference])),
         temperatures=tuple(result.temperature.value for _, result in found),
         wall_s=float(np.mean([result.wall_s for _, result in found])),
     )

@@ -10,6 +10,15 @@ from draf_dist.evaluation.task_scores import TaskName
 from draf_dist.schema.record import Record
 
 
+class SeedTest(Record):
+    """Student's paired t-test over training seeds of row - reference: 95 % interval and p, which speak of other seeds alone."""
+
+    mean: float
+    low: float
+    high: float
+    p: float | None
+
+
 class Row(Record):
     """One system, or one baseline (`seeds` is (0,) there).
 
@@ -17,6 +26,7 @@ class Row(Record):
     differences: this row - reference, with the same resamples; empty for the reference itself. auroc_by_seed, auroc_by_fold
     (mean over seeds): without intervals; of times c_index_by_seed and so on in their place. temperatures: of every cell, folds of
     the first seed first. wall_s: mean of a cell. holm: p of every difference, corrected for the number of rows that are compared.
+    over_seeds: of AUROC or C-index, where reference and row have the same two or more seeds.
     """
 
     system: str
@@ -35,6 +45,7 @@ class Row(Record):
     c_index_median_fold: float | None = Field(None, exclude_if=lambda value: value is None)
     c_index_mean_fold: float | None = Field(None, exclude_if=lambda value: value is None)
     holm: dict[str, float] = Field({}, exclude_if=lambda found: not found)
+    over_seeds: SeedTest | None = Field(None, exclude_if=lambda found: found is None)
 
     @property
     def primary_median_fold(self) -> float | None:

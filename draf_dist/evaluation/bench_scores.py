@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from draf_dist.data.receipts import receipt
 from draf_dist.errors import DataError, explain
+from draf_dist.evaluation.bench_results import SeedTest
 from draf_dist.evaluation.follow_up import FollowUp
 from draf_dist.evaluation.label_scores import LabelScores
 from draf_dist.evaluation.multiplicity import bootstrap_p, holm
@@ -19,6 +20,7 @@ from draf_dist.evaluation.statistics import Estimate, Floats, Resamples, estimat
 from draf_dist.evaluation.task_scores import TaskName
 from draf_dist.evaluation.time_scores import TimeScores
 from draf_dist.metrics.calibration import ece_floor, top_label
+from draf_dist.metrics.paired import paired_t
 
 SHOWN: dict[TaskName, tuple[str, ...]] = {
     "class": ("auroc", "auprc", "nll", "brier", "ece"),
@@ -190,6 +192,15 @@ def floor_of(seeds: Sequence[Pooled], seed: int) -> Floor:
 def primary_by_seed(seeds: Sequence[Pooled]) -> tuple[float | None, ...]:
     """The pooled AUROC, or C-index, of every seed."""
     return tuple(Estimate.of(_primary(pooled)).value for pooled in seeds)
+
+
+def seed_test(row: Sequence[float | None], reference: Sequence[float | None]) -> SeedTest | None:
+    """Row - reference, a pair a training seed; None with fewer than two seeds, other numbers of them, or an unknown number."""
+    pairs = [(a, b) for a, b in zip(row, reference, strict=False) if a is not None and b is not None]
+    if len(pairs) < 2 or not len(pairs) == len(row) == len(reference):
+        return None
+    found = paired_t(*np.array(pairs).T)
+    return SeedTest(mean=found.mean, low=found.low, high=found.high, p=Estimate.of(found.p).value)
 
 
 def primary_by_fold(seeds: Sequence[Pooled], num_folds: int) -> tuple[float | None, ...]:

@@ -15,6 +15,7 @@ from draf_dist.evaluation.bench_scores import (
     primary_by_fold,
     primary_by_seed,
     replicate,
+    seed_test,
 )
 from draf_dist.evaluation.predictions import concatenate
 from draf_dist.evaluation.statistics import Resamples
@@ -153,3 +154,17 @@ def test_each_fold_is_scaled_by_its_own_temperature() -> None:
     odds = second.probability[:, 1].astype(np.float64) / second.probability[:, 0]
     assert np.allclose(found.probability[50:, 1] / found.probability[50:, 0], np.sqrt(odds), rtol=1e-5)
     assert np.allclose(found.probability[:50], first.probability)
+
+
+def test_seeds_are_compared_in_pairs() -> None:
+    """t = mean / (sd / sqrt(n)) of the differences .01, .02, .03: 2 sqrt(3), and t(2) at .975 is 4.303."""
+    found = seed_test((0.81, 0.72, 0.93), (0.80, 0.70, 0.90))
+    assert found is not None
+    assert found.mean == pytest.approx(0.02)
+    assert found.high - found.mean == pytest.approx(4.303 * 0.01 / np.sqrt(3), rel=1e-3)
+    assert found.p == pytest.approx(0.0742, abs=1e-4)
+
+
+@pytest.mark.parametrize(("row", "reference"), [((0.8,), (0.7,)), ((0.8, 0.8), (0.7,)), ((0.8, None), (0.7, 0.6))])
+def test_what_is_no_pair_of_seeds_is_not_tested(row: tuple[float | None, ...], reference: tuple[float | None, ...]) -> None:
+    assert seed_test(row, reference) is None
