@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 from batches import same, tensors
+from corrupted_batches import NORMALISER, OPERATIONS, SCHEMA, SEED, corruptor, join, normalised
 from pydantic import ValidationError
-from torch import Tensor
 
-from draf_dist import noise
 from draf_dist.data.corruption import (
     Corruptor,
     Downsample,
@@ -21,76 +20,10 @@ from draf_dist.data.corruption import (
     Swap,
     TrainingCorruption,
     UnitError,
-    fit_not_at_random,
     severity,
 )
-from draf_dist.data.corruption.missing import find_offset
-from draf_dist.data.normalise import Normaliser
-from draf_dist.errors import DataError, SpecError
-from draf_dist.schema.batch import Batch, ClassTarget, SeriesInput
-from draf_dist.schema.label import LabelSpec
-from draf_dist.schema.modality import DataSchema, ImageSpec, SeriesSpec, TableSpec, VariableSpec
-from draf_dist.schema.release import ImageStats, ReleaseStats, VariableStats
-
-SEED = 7
-UNIT = VariableStats(mean=0.0, std=1.0, num_observed=1)
-SCHEMA = DataSchema(
-    modalities=(
-        ImageSpec(name="cxr", height=16, width=16),
-        SeriesSpec(name="vitals", variables=tuple(VariableSpec(name=n) for n in "abc"), num_steps=6, step_h=1),
-        TableSpec(name="history", variables=(VariableSpec(name="age"), VariableSpec(name="copd", type="binary"))),
-    ),
-    label=LabelSpec(name="death", classes=("no", "yes")),
-    sites=("a",),
-)
-NORMALISER = Normaliser(
-    SCHEMA,
-    ReleaseStats(
-        images={"cxr": ImageStats(mean=120.0, std=60.0, num_images=1)}, variables={"vitals": (UNIT,) * 3, "history": (UNIT,) * 2}
-    ),
-)
-OPERATIONS = (GaussianNoise(), Downsample(), Jpeg(), EhrMask(), EhrNoise(), SignFlip(), UnitError())
-
-
-def normalised(num_rows: int, *, all_present: bool = False, padding: int = 0) -> Batch:
-    """A batch as the normaliser makes it; rows carry different content, by uid."""
-    keys = noise.sample_keys(0, "content", None, torch.arange(num_rows), 1)[0]
-    present = torch.ones(num_rows, 3, dtype=torch.bool) if all_present else noise.uniform(keys, (3,)) < 0.8
-    present[:, 0] |= ~present.any(dim=1)
-    weight = torch.ones(num_rows)
-    weight[num_rows - padding :] = 0
-    uid = torch.where(weight > 0, torch.arange(num_rows), -1)
-    observed = noise.uniform(keys, (6, 3)) < 0.7
-    stored = Batch(
-        modalities=SCHEMA.names,
-        inputs={
-            "cxr": (noise.uniform(keys, (1, 16, 16)) * 255).to(torch.uint8),
-            "vitals": SeriesInput(noise.normal(keys, (6, 3)), observed, torch.full((num_rows,), 6)),
-            "history": SeriesInput(
-                torch.ones(num_rows, 1, 2), torch.ones(num_rows, 1, 2, dtype=torch.bool), torch.ones(num_rows, dtype=torch.int64)
-            ),
-        },
-        present=present,
-        corrupted=torch.zeros(num_rows, 3, dtype=torch.bool),
-        severity=torch.zeros(num_rows, 3),
-        quality=torch.zeros(num_rows, 3),
-        quality_known=torch.zeros(num_rows, 3, dtype=torch.bool),
-        target=ClassTarget(torch.arange(num_rows) % 2, torch.ones(num_rows, dtype=torch.bool)),
-        site=torch.zeros(num_rows, dtype=torch.int64),
-        uid=uid,
-        epoch=torch.arange(num_rows) % 3,
-        weight=weight,
-    )
-    return NORMALISER(stored)
-
-
-def join(parts: list[Batch]) -> list[Tensor]:
-    return [torch.cat(pieces) for pieces in zip(*(tensors(part) for part in parts), strict=True)]
-
-
-def corruptor(**config: object) -> Corruptor:
-    return Corruptor(TrainingCorruption(**config), NORMALISER, seed=SEED)
-
+from draf_dist.errors import SpecError
+from draf_dist.schema.batch import Batch
 
 # Operations.
 
@@ -317,79 +250,6 @@ def test_the_hook_and_the_corruptor_share_one_choice() -> None:
 
 def test_without_jpeg_or_images_no_hook_is_needed() -> None:
     assert corruptor(operations=(GaussianNoise(),)).decode_hook() is None
-
-
-# Missing modalities.
-
-
-@pytest.mark.parametrize("index", [1, 2, 3, 4])
-def test_missing_at_random_keeps_at_least_one_and_has_its_rate(index: int) -> None:
-    batch = normalised(6000, all_present=True)
-    rate = Missing().grid[index]
-    present = corruptor().apply(batch, Missing(), index, seed=1).present
-    assert present.any(dim=1).all()
-    # All three go with probability rate^3; then one of the three comes back.
-    assert float((~present).double().mean()) == pytest.approx(rate - rate**3 / 3, abs=0.012)
-    assert torch.allclose((~present).double().mean(dim=0), (~present).double().mean(), atol=0.02)
-
-
-def test_what_goes_missing_leaves_nothing_behind() -> None:
-    batch = normalised(200)
-    result = corruptor().apply(batch, Missing(), 4, seed=1)
-    gone = batch.present & ~result.present
-    assert gone.any(dim=0).all()
-    assert not result.present[~batch.present].any()
-    assert not result.inputs["cxr"][gone[:, 0]].any()
-    assert not result.inputs["vitals"].values[gone[:, 1]].any()
-    assert not result.inputs["vitals"].observed[gone[:, 1]].any()
-    assert not result.corrupted.any()
-
-
-def test_one_modality_can_go_missing_alone() -> None:
-    batch = normalised(300)
-    result = corruptor().apply(batch, Missing(grid=(0.0, 1.0)), 1, modality="vitals", seed=1)
-    alone = batch.present[:, 1] & ~batch.present[:, 0] & ~batch.present[:, 2]
-    assert torch.equal(result.present[:, 1], alone)
-    assert torch.equal(result.present[:, [0, 2]], batch.present[:, [0, 2]])
-
-
-def test_dropout_of_everything_keeps_one_at_random() -> None:
-    result = corruptor(modality_dropout=1.0).train(normalised(3000, all_present=True))
-    assert (result.present.sum(dim=1) == 1).all()
-    assert torch.allclose(result.present.double().mean(dim=0), torch.tensor(1 / 3, dtype=torch.float64), atol=0.03)
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.7])
-@pytest.mark.parametrize("slope", [0.5, 1.0, 3.0])
-def test_bisection_reaches_the_marginal(rate: float, slope: float) -> None:
-    score = noise.normal(torch.tensor([3]), (5000,))[0].double()
-    offset = find_offset(score, rate=rate, slope=slope)
-    assert float(torch.sigmoid(offset + slope * score).mean()) == pytest.approx(rate, abs=1e-9)
-
-
-def test_without_slope_the_offset_is_the_logit_of_the_rate() -> None:
-    assert find_offset(torch.zeros(9).double(), rate=0.3, slope=0.0) == pytest.approx(np.log(0.3 / 0.7), abs=1e-9)
-
-
-@pytest.mark.parametrize("score", ["label", "ehr"])
-def test_the_sicker_miss_more_at_the_same_rate(score: str) -> None:
-    batch = normalised(8000)
-    law = fit_not_at_random([batch.rows(0, 3000), batch.rows(3000, 8000)], rate=0.3, slope=1.5, score=score)
-    probability = law.probability(batch)
-    for column in range(3):
-        assert float(probability[batch.present[:, column], column].mean()) == pytest.approx(0.3, abs=0.005)
-    result = law.apply(batch, seed=1)
-    missing = (batch.present & ~result.present)[:, 1][batch.present[:, 1]].double()
-    assert float(torch.corrcoef(torch.stack([missing, probability[batch.present[:, 1], 1]]))[0, 1]) > 0.2
-    assert result.present.any(dim=1).all()
-    assert same(law.apply(batch.rows(10, 20), seed=1), result.rows(10, 20))
-
-
-def test_a_severity_that_never_varies_is_refused() -> None:
-    batch = normalised(10)
-    flat = Batch(**{**vars(batch), "target": ClassTarget(torch.ones(10, dtype=torch.int64), batch.target.observed)})
-    with pytest.raises(DataError, match="severity that varies, found one label for all 10"):
-        fit_not_at_random([flat], rate=0.3, slope=1.0, score="label")
 
 
 # Specs.
