@@ -9,14 +9,14 @@ Numbers are means over seeds with 95 % percentiles over resamples of subjects (a
 """
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from findings_study import CLEAN, WITHOUT, Progress, Read, Statistic, Study, Where
-from findings_tables import comparison_tables, table
+from findings_statistics import alone, averaged, corruption, ranked, told_apart, uncertainty, weight, with_level
+from findings_study import CLEAN, WITHOUT, ImageStudy, Read, Silent, Statistic, Where
+from findings_tables import Tables, comparison_tables, show_tables
 
 from draf_dist.cli.subject_key import subject_key
 from draf_dist.evaluation.bench import prepare_bench
@@ -25,7 +25,7 @@ from draf_dist.evaluation.bench_job import load_bench_job
 from draf_dist.evaluation.bench_results import ConditionResult
 from draf_dist.evaluation.bench_scores import Pooled
 from draf_dist.evaluation.regret import pointwise_divergence
-from draf_dist.evaluation.statistics import Estimate, Floats, estimate, spearman
+from draf_dist.evaluation.statistics import Estimate, Floats, estimate
 from draf_dist.metrics.classification import auroc
 from draf_dist.sources.card import load_card
 from draf_dist.sources.synth.truth import posterior_by_uid
@@ -37,47 +37,31 @@ ON_IMAGES = ("noise_08", "noise_3", "downsample_8", "jpeg_10")
 COVERAGE = 0.7
 
 
-def risk(study: Study) -> dict[str, Estimate]:
+def risk(study: ImageStudy) -> dict[str, Estimate]:
     """Spearman of every uncertainty of every modality with the probability that the modality itself gives, clean."""
     clean: Where = (CLEAN, "all")
     found = {}
     for m, name in enumerate(study.prepared.releases[0].schema.names):
-        own = study.signals(EQUAL, clean, _alone(m))
+        own = study.signals(EQUAL, clean, alone(m))
         for kind in ("epistemic", "total", "entropy"):
-            u = study.signals(EQUAL, clean, _uncertainty(kind, m))
-            found[f"{name} {kind}"] = study.over_models(_ranked(u, own))
+            u = study.signals(EQUAL, clean, uncertainty(kind, m))
+            found[f"{name} {kind}"] = study.over_models(ranked(u, own))
     return found
 
 
-def _alone(m: int) -> Read:
-    return lambda part: part.unimodal[:, m]
-
-
-def _uncertainty(kind: str, m: int) -> Read:
-    return lambda part: part.uncertainty[kind][:, m]
-
-
-def _ranked(a: Floats, b: Floats) -> Statistic:
-    return lambda seed, rows: spearman(a[seed, rows], b[seed, rows])
-
-
-def _averaged(values: Floats) -> Statistic:
-    return lambda seed, rows: float(np.nanmean(values[seed, rows]))
-
-
-def detectors(study: Study) -> dict[str, tuple[str, Read]]:
+def detectors(study: ImageStudy) -> dict[str, tuple[str, Read]]:
     """What may tell that the image is corrupted: name -> system and signal."""
     m = study.m
     found: dict[str, tuple[str, Read]] = {
-        "U epistemic": (EQUAL, _uncertainty("epistemic", m)),
-        "U entropy": (EQUAL, _uncertainty("entropy", m)),
-        "c_hat": (EQUAL, lambda part: part.corruption_probability[:, m]),
+        "U epistemic": (EQUAL, uncertainty("epistemic", m)),
+        "U entropy": (EQUAL, uncertainty("entropy", m)),
+        "c_hat": (EQUAL, corruption(m)),
         "severity": (REJECTION, lambda part: part.uncertainty["severity"][:, m]),
     }
     return {name: pair for name, pair in found.items() if pair[0] in study.prepared.job.systems}
 
 
-def detection(study: Study) -> dict[str, dict[str, Estimate]]:
+def detection(study: ImageStudy) -> dict[str, dict[str, Estimate]]:
     """By detector: AUROC of corrupted against clean images under every condition, Spearman with the level of noise."""
     found = {}
     for name, (system, read) in detectors(study).items():
@@ -85,48 +69,30 @@ def detection(study: Study) -> dict[str, dict[str, Estimate]]:
         hit = {
             where: study.signals(system, where, read) for where in [*((one, "all") for one in ON_IMAGES), ("swap", study.modality)]
         }
-        each = {where[0]: study.over_models(_told_apart(clean, values)) for where, values in hit.items()}
-        each["level of noise"] = study.over_models(_with_level([clean, hit["noise_08", "all"], hit["noise_3", "all"]]))
+        each = {where[0]: study.over_models(told_apart(clean, values)) for where, values in hit.items()}
+        each["level of noise"] = study.over_models(with_level([clean, hit["noise_08", "all"], hit["noise_3", "all"]]))
         if study.truth is not None:
             planted = study.signals(
                 system, (CLEAN, "all"), lambda part: [study.truth[int(uid)].severity[study.modality] for uid in part.uid]
             )
-            each["planted"] = study.over_models(_ranked(clean, planted))
+            each["planted"] = study.over_models(ranked(clean, planted))
         found[name] = each
     return found
 
 
-def _told_apart(clean: Floats, hit: Floats) -> Statistic:
-    def statistic(seed: int, rows: Any) -> float:
-        both = np.concatenate([clean[seed, rows], hit[seed, rows]])
-        label = np.repeat([0, 1], len(rows))
-        known = np.isfinite(both)
-        return float(auroc(np.stack([-both[known], both[known]], axis=1), label[known]))
-
-    return statistic
-
-
-def _with_level(levels: Sequence[Floats]) -> Statistic:
-    def statistic(seed: int, rows: Any) -> float:
-        values = np.concatenate([one[seed, rows] for one in levels])
-        return spearman(values, np.repeat(np.arange(len(levels)), len(rows)).astype(np.float64))
-
-    return statistic
-
-
-def weights(study: Study) -> dict[str, dict[str, Estimate]]:
+def weights(study: ImageStudy) -> dict[str, dict[str, Estimate]]:
     """The mean weight of the image where it is present; of the rejection, the share of images that it takes for missing."""
     places: list[Where] = [(CLEAN, "all"), *((one, "all") for one in ON_IMAGES), ("swap", study.modality)]
     found: dict[str, dict[str, Estimate]] = {}
     for system in study.prepared.job.systems:
         for where in places:
-            value = study.signals(system, where, lambda part: np.where(part.present, part.reliability, np.nan)[:, study.m])
+            value = study.signals(system, where, weight(study.m))
             value = (value == 0) * 1.0 + 0 * value if system == REJECTION else value
-            found.setdefault(system, {})[where[0]] = study.over_models(_averaged(value))
+            found.setdefault(system, {})[where[0]] = study.over_models(averaged(value))
     return found
 
 
-def compared(study: Study) -> list[ConditionResult]:
+def compared(study: ImageStudy) -> list[ConditionResult]:
     """All systems clean, without the image and with it disturbed. regret: of the posterior of the *clean* files, so that it has
     the information that the disturbance took as well."""
     job = study.prepared.job
@@ -150,11 +116,11 @@ def compared(study: Study) -> list[ConditionResult]:
     ]
 
 
-def _by_seed(study: Study, where: Where) -> Callable[[str], list[list[Pooled]]]:
+def _by_seed(study: ImageStudy, where: Where) -> Callable[[str], list[list[Pooled]]]:
     return lambda system: [[study.pooled(system, seed, where)] for seed in study.seeds]
 
 
-def adaptation(study: Study) -> dict[str, dict[str, Estimate]]:
+def adaptation(study: ImageStudy) -> dict[str, dict[str, Estimate]]:
     """What an oracle that takes the disturbed image for missing would save: NLL disturbed - NLL without, in nats, by system."""
     exact = None if study.truth is None else study.exact((CLEAN, "all"))
 
@@ -174,11 +140,11 @@ def adaptation(study: Study) -> dict[str, dict[str, Estimate]]:
     return found
 
 
-def _mean_of(study: Study, values: Floats) -> Estimate:
+def _mean_of(study: ImageStudy, values: Floats) -> Estimate:
     return estimate(float(values.mean()), np.array([values[rows].mean() for rows in study.resamples]))
 
 
-def information(study: Study) -> dict[str, Estimate]:
+def information(study: ImageStudy) -> dict[str, Estimate]:
     """Nats of the image in these very studies: mean KL(posterior || posterior without it); entropy of the posterior."""
     full, less = study.exact((CLEAN, "all")), study.exact((WITHOUT, study.modality))
     return {
@@ -188,7 +154,7 @@ def information(study: Study) -> dict[str, Estimate]:
     }
 
 
-def abstention(study: Study, condition: str) -> dict[str, dict[str, Estimate]]:
+def abstention(study: ImageStudy, condition: str) -> dict[str, dict[str, Estimate]]:
     """Half of the studies have their image disturbed; by what they are sorted, the loss of the 70 % that are answered.
 
     The predictions are those of DRAF with equal weights throughout. nll: what any data show. entropy: of the posterior, what nobody
@@ -196,9 +162,10 @@ def abstention(study: Study, condition: str) -> dict[str, dict[str, Estimate]]:
     """
     n = len(study.fold)
     hit = np.random.default_rng(0).permutation(n) % 2 == 1
-    mixed: Callable[[str, Read], Floats] = lambda system, read: np.where(  # noqa: E731
-        hit, study.signals(system, (condition, "all"), read), study.signals(system, (CLEAN, "all"), read)
-    )
+
+    def mixed(system: str, read: Read) -> Floats:
+        return np.where(hit, study.signals(system, (condition, "all"), read), study.signals(system, (CLEAN, "all"), read))
+
     sorts = {name: np.nan_to_num(mixed(system, read), nan=-np.inf) for name, (system, read) in detectors(study).items()}
     sorts["fused U epistemic"] = mixed(EQUAL, lambda part: part.epistemic)
     sorts["1 - greatest probability"] = mixed(EQUAL, lambda part: 1 - part.probability.max(1))
@@ -209,7 +176,7 @@ def abstention(study: Study, condition: str) -> dict[str, dict[str, Estimate]]:
     return found
 
 
-def _losses(study: Study, condition: str, hit: Any) -> dict[str, Floats]:
+def _losses(study: ImageStudy, condition: str, hit: Any) -> dict[str, Floats]:
     """Kind -> (seeds, n)."""
     pairs = [(study.pooled(EQUAL, seed, (CLEAN, "all")), study.pooled(EQUAL, seed, (condition, "all"))) for seed in study.seeds]
     probability = [np.where(hit[:, None], other.probability, clean.probability) for clean, other in pairs]
@@ -235,12 +202,12 @@ def _answered(score: Floats, loss: Floats) -> Statistic:
     return statistic
 
 
-def signals_of_one(study: Study) -> dict[str, dict[str, Estimate]]:
+def signals_of_one(study: ImageStudy) -> dict[str, dict[str, Estimate]]:
     """AUROC of each modality by its own head, clean: whether the image was learned at all."""
     label = study.pooled(EQUAL, study.seeds[0], (CLEAN, "all")).label
     found = {}
     for m, name in enumerate(study.prepared.releases[0].schema.names):
-        own = study.signals(EQUAL, (CLEAN, "all"), _alone(m))
+        own = study.signals(EQUAL, (CLEAN, "all"), alone(m))
 
         def statistic(seed: int, rows: Any, own: Floats = own) -> float:
             known = rows[np.isfinite(own[seed, rows])]
@@ -268,8 +235,8 @@ def main() -> None:
     if given.systems:
         systems = {name: job.systems[name] for name in given.systems}
         job = job.model_copy(update={"systems": systems, "reference": given.systems[0]})
-    study = Study(prepare_bench(job, given.raw, given.out, key, Progress), given.modality, truth)
-    found: dict[str, dict[str, dict[str, Estimate]]] = {
+    study = ImageStudy(prepare_bench(job, given.raw, given.out, key, Silent()), truth, given.modality)
+    found: Tables = {
         "Alone": signals_of_one(study),
         "Spearman of U with the probability": {"rho": risk(study)},
         "Detection": detection(study),
@@ -280,12 +247,7 @@ def main() -> None:
     found["Abstention, noise 3 on half"] = abstention(study, "noise_3")
     if truth is not None:
         found["Information"] = {"nats": information(study)}
-    for title, rows in found.items():
-        print(table(title, rows))
-    if given.json:
-        given.json.write_text(
-            json.dumps({t: {r: {c: e.model_dump() for c, e in x.items()} for r, x in y.items()} for t, y in found.items()})
-        )
+    show_tables(found, given.json)
 
 
 if __name__ == "__main__":

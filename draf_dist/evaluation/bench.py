@@ -164,10 +164,10 @@ def score(prepared: Prepared, truth: Truth | None = None) -> Bench:
         DataError: a study that is not predicted exactly once, or by a model that may have seen its subject.
     """
     job = prepared.job
-    found = [(cell, _result(cell)) for cell in prepared.cells]
+    found = [(cell, result_of(cell)) for cell in prepared.cells]
     pooled = _pool(prepared, found)
     reference = pooled[job.reference][0]
-    subject = _subject_numbers(prepared.releases[0], reference)
+    subject = subject_numbers(prepared.releases[0], reference)
     resamples = Resamples(subject, replicates=job.bootstrap, seed=job.bootstrap_seed)
     replicates = replicate(pooled, resamples)
     rows = [_row(name, pooled, replicates, [pair for pair in found if pair[0].system == name], job) for name in job.names]
@@ -222,7 +222,8 @@ def _all_failures(failures: Sequence[tuple[Cell, Failed]], finished: int, total:
     return error
 
 
-def _result(cell: Cell) -> CellResult:
+def result_of(cell: Cell) -> CellResult:
+    """Of a cell that is finished."""
     found = read_result(open_store(cell.url), cell)
     assert found is not None
     return found
@@ -230,7 +231,7 @@ def _result(cell: Cell) -> CellResult:
 
 def _pool(prepared: Prepared, found: Sequence[Finished]) -> dict[str, tuple[Pooled, ...]]:
     """System -> out-of-fold predictions of every seed."""
-    counted = _Counted.of(prepared)
+    counted = Counted.of(prepared)
     return {
         system: tuple(counted.pool(pairs, [fold_predictions(cell) for cell, _ in pairs]) for pairs in seeds)
         for system, seeds in _by_seed(found).items()
@@ -246,7 +247,7 @@ def _by_seed(found: Sequence[Finished]) -> dict[str, list[list[Finished]]]:
 
 
 @dataclass(frozen=True)
-class _Counted:
+class Counted:
     """The studies that each fold counts, and all of them; follow_ups: of the training subjects of each, of times alone."""
 
     own: tuple[Rows, ...]
@@ -254,7 +255,7 @@ class _Counted:
     follow_ups: tuple[FollowUp | None, ...]
 
     @classmethod
-    def of(cls, prepared: Prepared) -> "_Counted":
+    def of(cls, prepared: Prepared) -> "Counted":
         """Of a benchmark."""
         pairs = zip(prepared.releases, prepared.plan.folds, strict=True)
         own = tuple(folds.check_fold(release, fold) for release, fold in pairs)
@@ -279,7 +280,7 @@ def _conditions(
     job, schema = prepared.job, prepared.releases[0].schema
     if not job.conditions and truth is None:
         return ()
-    counted, seeds = _Counted.of(prepared), _by_seed(found)
+    counted, seeds = Counted.of(prepared), _by_seed(found)
     comparison = Comparison(resamples, job.reference, job.bootstrap_seed)
 
     def compared(name: str, cases: Sequence[str], parts_of: PartsOf, known: Truth | None) -> ConditionResult:
@@ -303,8 +304,8 @@ def _by_case(pairs: Sequence[Finished], parts_of: PartsOf) -> list[tuple[Predict
     return list(zip(*(parts_of(cell) for cell, _ in pairs), strict=True))
 
 
-def _subject_numbers(release: Release, pooled: Pooled) -> Rows:
-    """Numbers in the order of the pooled studies, equal for studies of one subject; pseudonyms stay in the release."""
+def subject_numbers(release: Release, pooled: Pooled) -> Rows:
+    """Numbers (n,) in the order of the pooled studies, equal for studies of one subject; pseudonyms stay in the release."""
     table = release.subjects()
     _, numbers = np.unique(table["subject"].to_numpy(zero_copy_only=False), return_inverse=True)
     of_uid = dict(zip(table["uid"].to_pylist(), numbers.tolist(), strict=True))

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
+import torch
 from model_inputs import SMALL_ENCODERS, small_schema
+from torch import nn
 
 from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.aum import AumConfig
@@ -49,6 +51,22 @@ class Member:
         """All of them, presence bits among them."""
         readings = ({}, {"presence_bits": True}, *self.readings)
         return tuple(type(self.config).model_validate(self.config.model_dump() | reading) for reading in readings)
+
+
+def name_of(value: Any) -> str:
+    """Of a member, or of one of its configurations, for the name of a test."""
+    if isinstance(value, Member):
+        return str(value.config.kind)
+    return str(value.kind) + str(value.model_dump(exclude_defaults=True, exclude={"encoders", "width"}))
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """The model with its parameters away from their start: of those that are 0 there, every path carries weight then."""
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def encoded(config: type[Any]) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_members import MEMBERS, SMALL, Member
+from fusion_members import MEMBERS, SMALL, Member, moved, name_of
 from model_inputs import SMALL_ENCODERS, pass_keys, small_batch, small_schema, small_stats, with_absent_slots
 from torch import Tensor, nn
 
@@ -23,24 +23,13 @@ every_config = pytest.mark.parametrize("config", [config for _, config in CONFIG
 every_member = pytest.mark.parametrize(("member", "config"), CONFIGS, ids=lambda value: name_of(value))
 
 
-def name_of(value: Any) -> str:
-    if isinstance(value, Member):
-        return value.config.kind
-    return value.kind + str(value.model_dump(exclude_defaults=True, exclude={"encoders", "width"}))
-
-
 def test_the_contract_is_asked_of_every_model() -> None:
     assert set(SMALL) == {member.model_fields["kind"].default for member in MEMBERS}
 
 
 def ready(config: Any, *, training: bool = False) -> nn.Module:
     """A model whose zero-initialised parameters are moved, so that every path carries weight."""
-    model = build_model(config, SCHEMA, seed=3)
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.train(training)
+    return moved(build_model(config, SCHEMA, seed=3)).train(training)
 
 
 def gradients_of(config: Any, batch: Batch, keys: Tensor, *, training: bool = False) -> dict[str, Tensor]:

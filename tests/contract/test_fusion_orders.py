@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_members import MEMBERS, SMALL
+from fusion_members import MEMBERS, SMALL, moved, name_of
 from model_inputs import pass_keys, small_batch, small_schema
 from torch import Tensor, nn
 
@@ -36,10 +36,6 @@ AXES = {
     r"gate\.offsets": 1,
     r"weights\.(prior|running_u|running_weight)": 0,
 }
-
-
-def name_of(config: Any) -> str:
-    return config.kind + str(config.model_dump(exclude_defaults=True, exclude={"encoders", "width"}))
 
 
 def other_place(name: str) -> str:
@@ -69,15 +65,6 @@ def other_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def moved(config: Any) -> nn.Module:
-    model = build_model(config, SCHEMA, seed=3)
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
 def in_other_order(model: nn.Module, config: Any) -> nn.Module:
     other = build_model(config, other_schema(), seed=4).eval()
     # Severity and score are not fitted here: what they hold is that of a new model.
@@ -97,7 +84,7 @@ def in_other_order(model: nn.Module, config: Any) -> nn.Module:
 def test_modalities_in_another_order_give_the_same(config: Any) -> None:
     batch = small_batch(SCHEMA)
     keys = pass_keys(batch)
-    model = moved(config)
+    model = moved(build_model(config, SCHEMA, seed=3)).eval()
     expected, found = model(batch, keys), in_other_order(model, config)(other_batch(batch), keys)
     close = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(found.logits, expected.logits, **close)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_members import SMALL, Member
+from fusion_members import SMALL, Member, moved, name_of
 from model_inputs import pass_keys, small_batch, small_schema, with_absent_slots
 from torch import Tensor, nn
 
@@ -20,19 +20,8 @@ CONFIGS = [(member, config) for member in SMALL.values() for config in member.co
 every_member = pytest.mark.parametrize(("member", "config"), CONFIGS, ids=lambda value: name_of(value))
 
 
-def name_of(value: Any) -> str:
-    if isinstance(value, Member):
-        return value.config.kind
-    return value.kind + str(value.model_dump(exclude_defaults=True, exclude={"encoders", "width"}))
-
-
-def moved(config: Any, *, half: bool) -> nn.Module:
-    """With every parameter away from its start."""
-    model = build_model(config, SCHEMA, seed=3)
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+def ready(config: Any, *, half: bool) -> nn.Module:
+    model = moved(build_model(config, SCHEMA, seed=3))
     if half:
         compute_in_bf16(model, torch.device("cpu"))
     return model.eval()
@@ -45,7 +34,7 @@ def loss_of(member: Member, model: nn.Module) -> Tensor:
 
 @every_member
 def test_in_bf16_it_is_the_same_model_but_for_rounding(member: Member, config: Any) -> None:
-    whole, half = (moved(config, half=half) for half in (False, True))
+    whole, half = (ready(config, half=half) for half in (False, True))
     expected, found = whole(BATCH, KEYS), half(BATCH, KEYS)
     assert not torch.equal(found.logits, expected.logits)
     torch.testing.assert_close(found.logits, expected.logits, rtol=0.05, atol=0.05)
@@ -61,7 +50,7 @@ def test_in_bf16_it_is_the_same_model_but_for_rounding(member: Member, config: A
 
 @every_member
 def test_in_bf16_every_parameter_has_a_finite_gradient_in_f32(member: Member, config: Any) -> None:
-    whole, half = (moved(config, half=half) for half in (False, True))
+    whole, half = (ready(config, half=half) for half in (False, True))
     loss = loss_of(member, half)
     loss.backward()
     assert loss.item() == pytest.approx(loss_of(member, whole).item(), rel=0.02)
@@ -74,7 +63,7 @@ def test_in_bf16_every_parameter_has_a_finite_gradient_in_f32(member: Member, co
 
 @every_member
 def test_in_bf16_absent_slots_change_nothing_either(member: Member, config: Any) -> None:
-    model = moved(config, half=True)
+    model = ready(config, half=True)
     first, second = model(BATCH, KEYS), model(with_absent_slots(BATCH, float("nan")), KEYS)
     assert torch.equal(first.logits, second.logits)
     assert torch.equal(first.reliability, second.reliability)
@@ -96,5 +85,5 @@ def test_uncertainties_of_half_precision_logits_are_computed_in_f32() -> None:
 def test_the_literal_heads_uncertainty_keeps_its_digits_in_bf16() -> None:
     """The shared head gives logits in half precision, of which the mutual information is a small difference."""
     config = DrafConfig.model_validate(SMALL["draf"].config.model_dump() | {"uni_head": "shared", "uncertainty": "mi"})
-    whole, half = (moved(config, half=half)(BATCH, KEYS).uncertainty["used"] for half in (False, True))
+    whole, half = (ready(config, half=half)(BATCH, KEYS).uncertainty["used"] for half in (False, True))
     assert (half - whole).abs().max() < 0.05 * whole.max()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked_ranks import run_on_ranks
-from fusion_members import SMALL
+from fusion_members import SMALL, moved, name_of
 from model_inputs import SMALL_ENCODERS, pass_keys, small_batch, small_schema
 from torch import Tensor
 
@@ -33,10 +33,6 @@ CONFIGS = [config for member in SMALL.values() for config in member.configs]
 CONFIGS += [DrifaConfig(widths=(2, 4), series=SMALL_ENCODERS.series, table=SMALL_ENCODERS.table)]
 
 
-def name_of(config: Any) -> str:
-    return config.kind + str(config.model_dump(exclude_defaults=True, exclude={"encoders", "width"}))
-
-
 def global_batch() -> Batch:
     batch = small_batch(SCHEMA, rows=ROWS)
     weight = (torch.arange(ROWS) < ROWS - 1).float()
@@ -52,11 +48,7 @@ def objective_of(kind: str, gather: Gather) -> Any:
 
 def local_sums(config: Any, rows: slice, gather: Gather) -> dict[str, Tensor]:
     """Numerator and weight of every term, and the gradient of all numerators, f64: to be summed over ranks."""
-    model = build_model(config, SCHEMA, seed=3).double()
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model = moved(build_model(config, SCHEMA, seed=3).double())
     batch = global_batch().rows(rows.start, rows.stop)
     terms = objective_of(config.kind, gather)(model.train(), batch, pass_keys(batch))
     found = {name: torch.stack([term.numerator, term.weight]).detach().double() for name, term in terms.items()}

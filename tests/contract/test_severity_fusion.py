@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from fusion_members import MEMBERS, SMALL
+from fusion_members import MEMBERS, SMALL, moved
 from model_inputs import SMALL_ENCODERS, pass_keys, small_batch, small_schema, small_stats, with_absent_slots
 from torch import Tensor, nn
 
@@ -61,11 +61,7 @@ def fitted(config: Any) -> nn.Module:
     model = build_model(config, SCHEMA, seed=3)
     buffers = dict(model.named_buffers())
     model.load_state_dict({name: value for name, value in evidence().items() if name in buffers}, strict=False)
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    return moved(model).eval()
 
 
 def tensors_of(output: FusionOutput) -> dict[str, Tensor]:
