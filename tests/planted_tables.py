@@ -1,6 +1,6 @@
 """Tables whose class is planted: what a fusion model should learn from each is known, and which of them was corrupted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,12 +68,19 @@ def corrupt(batch: Batch, modality: str, sigma: float = 4.0) -> Batch:
 def train(
     model: nn.Module, shifts: Sequence[float], *, steps: int, corruption: float = 0.0, rate: float = 3e-3, **lambdas: Any
 ) -> None:
-    """Adam on fresh rows in every step, so that nothing can be learned by heart."""
+    """On fresh rows in every step, so that nothing can be learned by heart."""
+    train_on(
+        model, lambda step: planted_batch(shifts, rows=128, seed=step, corruption=corruption), steps=steps, rate=rate, **lambdas
+    )
+
+
+def train_on(model: nn.Module, draw: Callable[[int], Batch], *, steps: int, rate: float = 3e-3, **lambdas: Any) -> None:
+    """Adam on the batch of every step."""
     objective = FusionObjectiveConfig(**lambdas).build()
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     model.train()
     for step in range(steps):
-        batch = planted_batch(shifts, rows=128, seed=step, corruption=corruption)
+        batch = draw(step)
         terms = objective(model, batch, pass_keys(batch, passes=1, seed=step))
         optimizer.zero_grad()
         torch.stack([term.scale * term.numerator / term.weight for term in terms.values()]).sum().backward()

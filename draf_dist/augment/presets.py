@@ -1,6 +1,5 @@
 """Views for each modality, from the scanner to the encoder: what its acquisition may have done, the patient's posture, the rest."""
 
-from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -20,10 +19,10 @@ from draf_dist.augment.poisson_noise import PoissonNoise
 from draf_dist.augment.rician_noise import RicianNoise
 from draf_dist.augment.rotate_scale import RotateScale
 from draf_dist.augment.transform import Applied, Parameters, in_blocks
-from draf_dist.augment.views import View, Views, ViewsConfig, refuse_twice, view_keys
+from draf_dist.augment.views import AS_STORED, Scale, View, Views, ViewsConfig, refuse_twice, view_keys
 from draf_dist.augment.warp import warp
 from draf_dist.augment.window import Window
-from draf_dist.config.spec import Spec
+from draf_dist.config.spec import Spec, kind_or
 
 # Of stored values: HU, a scanner's magnitudes, grey values. Adding a transform: one file and one name here.
 CtTransform = Annotated[BeamHardening | Cupping | Window, Field(discriminator="kind")]
@@ -55,7 +54,7 @@ class Preset(Spec):
         refuse_twice(step.kind for step in (*self.acquisition, *self.transforms))
         return self
 
-    def make(self, image: Tensor, *, scale: tuple[Tensor, Tensor], stream: str, seed: int, epoch: Tensor, uid: Tensor) -> Views:
+    def make(self, image: Tensor, *, scale: Scale = AS_STORED, stream: str, seed: int, epoch: Tensor, uid: Tensor) -> Views:
         """Views of standardised images (B, C, H, W) or volumes (B, C, D, H, W), functions of (seed, stream, view, epoch, uid).
 
         scale: (mean, deviation) with which they were standardised (`Normaliser.constants`). stream: what is seen, the modality.
@@ -71,12 +70,12 @@ class Preset(Spec):
         first, second = (self.view(image, scale, crop, applied) for applied in drawn)
         return Views(first, second, crop["region"], crop)
 
-    def view(self, image: Tensor, scale: tuple[Tensor, Tensor], crop: Parameters, applied: Applied) -> View:
+    def view(self, image: Tensor, scale: Scale, crop: Parameters, applied: Applied) -> View:
         """One view under the parameters of the crop and of every step: `make` again, from its record."""
         steps = {self.crop.kind: crop, **applied}
         return View(in_blocks(image, steps, lambda part, mine: self._apply(part, scale, mine)), applied)
 
-    def _apply(self, image: Tensor, scale: tuple[Tensor, Tensor], applied: Applied) -> Tensor:
+    def _apply(self, image: Tensor, scale: Scale, applied: Applied) -> Tensor:
         mean, deviation = scale
         if self.acquisition:
             image = image * deviation + mean
@@ -115,16 +114,11 @@ class CxrPreset(Preset):
     transforms: tuple[StandardTransform, ...] = (Intensity(), GaussianNoise(), CuboidMask())
 
 
-def _kind(value: object) -> str:
-    """Views that are listed one by one have no kind."""
-    return str(value.get("kind", "none")) if isinstance(value, Mapping) else getattr(value, "kind", "none")
-
-
-# What a job says: the views one by one, or a preset by its kind.
+# What a job says: the views one by one, which have no kind, or a preset by its kind.
 AnyViews = Annotated[
     Annotated[ViewsConfig, Tag("none")]
     | Annotated[CtPreset, Tag("ct")]
     | Annotated[MriPreset, Tag("mri")]
     | Annotated[CxrPreset, Tag("cxr")],
-    Discriminator(_kind),
+    Discriminator(kind_or("none")),
 ]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -19,6 +20,11 @@ from draf_dist.config.spec import Spec
 
 # Adding a transform: one file and one name here.
 ViewTransform = Annotated[RotateScale | Elastic | Intensity | GaussianNoise | CuboidMask, Field(discriminator="kind")]
+
+
+# (mean, deviation) of the training images, f32 scalars, with which they were standardised.
+Scale = tuple[Tensor, Tensor]
+AS_STORED: Scale = (torch.tensor(0.0, device="cpu"), torch.tensor(1.0, device="cpu"))
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,13 @@ class ViewsConfig(Spec):
         refuse_twice(transform.kind for transform in self.transforms)
         return self
 
-    def make(self, image: Tensor, *, stream: str, seed: int, epoch: Tensor, uid: Tensor) -> Views:
+    def make(self, image: Tensor, *, scale: Scale = AS_STORED, stream: str, seed: int, epoch: Tensor, uid: Tensor) -> Views:  # noqa: ARG002
         """Views of normalised images f32 (B, C, H, W) or volumes (B, C, D, H, W).
 
         They are functions of (seed, stream, view, epoch, uid) and the image alone.
 
-        stream: what is seen, the modality. epoch, uid: int64 (B,).
+        scale: as of a preset; nothing that is done here asks for stored values. stream: what is seen, the modality.
+        epoch, uid: int64 (B,).
         """
         keys, size = view_keys(stream, seed, epoch, uid), tuple(image.shape[2:])
         crop = self.crop.sample(keys("crop"), size)

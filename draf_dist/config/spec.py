@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
 
@@ -88,6 +88,16 @@ def model_of_kind(kind: Any, models: Mapping[str, type[SpecT]], *, where: str, s
     remedy = f"Did you mean {near[0]!r}?" if near else see
     found = "nothing" if kind is None else repr(kind)[:80]
     raise SpecError(explain(f"{where}: kind", expected=f"one of {', '.join(models)}", found=found, remedy=remedy))
+
+
+def kind_or(default: str) -> Callable[[object], str]:
+    """The discriminator of a union one of whose members need not say its kind: that of `default`."""
+
+    # The name stands in pydantic's errors; by it they are told from those of unions without a kind.
+    def kind_of(value: object) -> str:
+        return str(value.get("kind", default)) if isinstance(value, Mapping) else getattr(value, "kind", default)
+
+    return kind_of
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:

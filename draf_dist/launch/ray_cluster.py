@@ -173,8 +173,11 @@ def _own_cluster(profile: RayProfile) -> Iterator[RayCluster]:
                     _temp_dir=f"{folder}/ray",
                     _node_ip_address=LOOPBACK,
                 )
-            except Exception as error:  # noqa: BLE001 - Ray raises Exception itself where one of its processes is not up in time
-                raise _not_up(error) from error
+            except Exception as error:
+                # Ray raises Exception itself where one of its processes is not up in time.
+                if type(error) is Exception or isinstance(error, RuntimeError | OSError | RayError):
+                    raise _not_up(error) from error
+                raise
         yield RayCluster({})
 
 

@@ -1,11 +1,11 @@
 """What fine-tuning minimises: one objective a file. Adding one is one file, one line in the union and one in build_objective."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
+from draf_dist.config.spec import kind_or
 from draf_dist.losses.gather import Gather
 from draf_dist.models.kinds import ModelConfig
 from draf_dist.models.segmentation import BayesianUnetConfig
@@ -18,19 +18,14 @@ from draf_dist.objectives.fusion import FusionObjective, FusionObjectiveConfig
 from draf_dist.objectives.head_targets import head_targets
 from draf_dist.schema.modality import DataSchema
 
-
-def _kind(value: object) -> str:
-    """Most jobs don't say it: that of all models without losses of their own."""
-    return str(value.get("kind", "fusion")) if isinstance(value, Mapping) else getattr(value, "kind", "")
-
-
+# Most jobs don't say a kind: theirs is that of all models without losses of their own.
 FinetuneObjectiveConfig = Annotated[
     Annotated[FusionObjectiveConfig, Tag("fusion")]
     | Annotated[AumObjectiveConfig, Tag("aum")]
     | Annotated[DrfuseObjectiveConfig, Tag("drfuse")]
     | Annotated[CoxObjectiveConfig, Tag("cox")]
     | Annotated[BayesianObjectiveConfig, Tag("bayesian")],
-    Discriminator(_kind),
+    Discriminator(kind_or("fusion")),
 ]
 # Models whose own losses train parameters that no other objective reaches.
 _OF_MODEL: dict[str, type[AumObjectiveConfig | DrfuseObjectiveConfig | BayesianObjectiveConfig]] = {

@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from draf_dist import noise
-from draf_dist.augment import AnyViews, Views, ViewsConfig
+from draf_dist.augment import AnyViews, ViewsConfig
+from draf_dist.augment.views import AS_STORED, Scale
 from draf_dist.config.spec import Spec
 from draf_dist.losses.gather import Embeddings, Gather, one_process
 from draf_dist.losses.nt_xent import nt_xent
@@ -19,9 +20,6 @@ from draf_dist.objectives.pretrain_modality import encoder_config, no_picture, p
 from draf_dist.schema.batch import Batch, ClassTarget, Term
 from draf_dist.schema.modality import DataSchema, ImageSpec
 
-# (mean, deviation) of the training images, f32 scalars: what a scanner does, a preset does to stored values.
-Scale = tuple[Tensor, Tensor]
-AS_STORED: Scale = (torch.tensor(0.0, device="cpu"), torch.tensor(1.0, device="cpu"))
 ACCURACIES = ("region_accuracy", "protocol_accuracy_f", "protocol_accuracy_g")
 
 
@@ -78,16 +76,11 @@ class SimclrObjective:
     def embed(self, model: nn.Module, batch: Batch, keys: Tensor) -> tuple[Embeddings, dict[str, Term]]:
         """Embeddings of both views, and the terms of the heads: the part of a step that looks at no other row."""
         image, valid = self._image(batch)
-        views = self._views(image, batch)
+        config = self.config
+        views = config.views.make(image, scale=self.scale, stream=config.modality, seed=self.seed, epoch=batch.epoch, uid=batch.uid)
         seen = self._both(model, (views.first.image, views.second.image), keys[0])
         embeddings = Embeddings(seen[0].embedding, seen[1].embedding, batch.uid, valid)
         return embeddings, self._heads(seen, ClassTarget(views.region, valid), ClassTarget(batch.site, valid))
-
-    def _views(self, image: Tensor, batch: Batch) -> Views:
-        make, stream = self.config.views, self.config.modality
-        if isinstance(make, ViewsConfig):
-            return make.make(image, stream=stream, seed=self.seed, epoch=batch.epoch, uid=batch.uid)
-        return make.make(image, scale=self.scale, stream=stream, seed=self.seed, epoch=batch.epoch, uid=batch.uid)
 
     def _both(self, model: nn.Module, images: tuple[Tensor, Tensor], keys: Tensor) -> list[ContrastiveOutput]:
         """What the network says of either view, each with a dropout of its own as it has parameters of its own."""

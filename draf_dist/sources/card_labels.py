@@ -1,11 +1,11 @@
 """Labels of a card: a class, several labels at once, or the time of an event, in columns of the studies table; or a mask."""
 
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from draf_dist.config.spec import kind_or
 from draf_dist.schema.label import LabelSpec, MultiLabelSpec, SurvivalSpec
 from draf_dist.sources.card_parts import CardPart, Name
 from draf_dist.sources.card_segmentation import SegmentationCard, Values
@@ -101,14 +101,10 @@ class SurvivalCard(CardPart):
         return SurvivalSpec(name=name, unit=self.unit, edges=self.edges)
 
 
-def _kind(value: object) -> str:
-    return str(value.get("kind", "class")) if isinstance(value, Mapping) else getattr(value, "kind", "class")
-
-
 AnyLabelCard = Annotated[
     Annotated[LabelCard, Tag("class")]
     | Annotated[MultiLabelCard, Tag("multilabel")]
     | Annotated[SurvivalCard, Tag("survival")]
     | Annotated[SegmentationCard, Tag("segmentation")],
-    Discriminator(_kind),
+    Discriminator(kind_or("class")),
 ]

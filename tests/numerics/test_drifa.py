@@ -387,7 +387,6 @@ def test_attention_does_not_notice_a_corrupted_modality() -> None:
     noisy = corrupt(clean, "first")
     with torch.no_grad():
         before, after = (model(batch, pass_keys(batch)).signals["mifa_attention"].mean() for batch in (clean, noisy))
-    print("mifa_attention", float(before), float(after), "accuracy", accuracy(model, clean), accuracy(model, noisy))
     assert before > 0.97
     assert abs(after - before) < 0.005
     assert accuracy(model, noisy) < accuracy(model, clean) - 0.03

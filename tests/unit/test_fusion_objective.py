@@ -10,6 +10,7 @@ from model_inputs import SMALL_ENCODERS, pass_keys, small_batch, small_schema
 from draf_dist.errors import SpecError
 from draf_dist.losses.task import task_loss, unimodal_task_loss
 from draf_dist.models.build import build_model
+from draf_dist.models.calibration import fit_on_clean
 from draf_dist.models.fusion import FusionConfig
 from draf_dist.models.fusion.concat import ConcatConfig
 from draf_dist.models.fusion.draf import DrafConfig
@@ -17,7 +18,7 @@ from draf_dist.models.fusion.late_mean import LateMeanConfig
 from draf_dist.models.fusion.mean import MeanConfig
 from draf_dist.models.fusion.severity_rejection import SeverityRejectionConfig
 from draf_dist.objectives.fusion import FusionObjectiveConfig
-from draf_dist.schema.batch import Batch, ClassTarget
+from draf_dist.schema.batch import ClassTarget, SeriesInput
 
 SCHEMA = small_schema()
 BATCH = small_batch(SCHEMA)
@@ -73,22 +74,19 @@ def test_what_a_model_rejected_is_missing_in_the_losses_too() -> None:
     """Its features are zeros: with a loss on them the heads of a modality would learn from those instead."""
     inner = DrafConfig(width=8, encoders=SMALL_ENCODERS)
     model = build_model(SeverityRejectionConfig(fusion=inner), SCHEMA, seed=0)
-    model.severity = RejectsLabs()
-    keys, objective = pass_keys(BATCH), FusionObjectiveConfig().build()
-    kept = model(BATCH, keys).parts["present"]
-    rejected = BATCH.present & ~kept
-    assert rejected[:, 2].any()
-    found, expected = objective(model, BATCH, keys), objective(model.fusion, replace(BATCH, present=kept), keys)
+    train, validation = ([small_batch(SCHEMA, rows=64, seed=seed)] for seed in (1, 2))
+    fit_on_clean(model, lambda: train, lambda: validation, seed=0)
+    labs = BATCH.inputs["labs"]
+    assert isinstance(labs, SeriesInput)
+    noisy = replace(BATCH, inputs=BATCH.inputs | {"labs": replace(labs, values=labs.values * 1000)})
+    keys, objective = pass_keys(noisy), FusionObjectiveConfig().build()
+    kept = model(noisy, keys).parts["present"]
+    rejected = noisy.present & ~kept
+    assert rejected[:, noisy.modalities.index("labs")].any()
+    found, expected = objective(model, noisy, keys), objective(model.fusion, replace(noisy, present=kept), keys)
     for name in ("task", "acd", "unimodal"):
         assert torch.equal(found[name].numerator, expected[name].numerator), name
         assert torch.equal(found[name].weight, expected[name].weight), name
-
-
-class RejectsLabs(torch.nn.Module):
-    """A severity that is beyond use for one modality, wherever there is another."""
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        return torch.tensor([0.0, 0.0, 3.0]) * batch.present
 
 
 def test_terms_of_the_parts_of_a_batch_add_up_to_those_of_the_whole() -> None:
