@@ -109,10 +109,11 @@ def prepare_bench(job: BenchJob, raw: Path, out: str, subject_key: bytes, progre
         DataError: the raw export is bad; folds of different exports; a subject of a fold in its training.
     """
     card, store = load_card(job.card), open_store(out)
-    plan = folds.make_plan(card, raw, _identity(job, card, subject_key), job.folds, job.fold_seed, store)
+    export = folds.Export(card, raw, job.missing_by_label)
+    plan = folds.make_plan(export, _identity(job, card, subject_key), job.folds, job.fold_seed, store)
     releases = []
     for number in range(job.folds):
-        releases.append(folds.fold_release(card, raw, plan, number, store, subject_key))
+        releases.append(folds.fold_release(export, plan, number, store, subject_key))
         progress.fold(number + 1, job.folds)
         _check_baselines(job, releases[0])
     # Before anything is trained: what was paid for must be of use.
@@ -148,7 +149,11 @@ def run_bench(prepared: Prepared, executor: Executor, progress: Progress, truth:
     Raises:
         DrafError: cells that failed, all of them in one message, after all others have been finished.
         InterruptedRunError: it was asked to stop; the same command goes on.
+        SpecError: truth, where more is missing the sicker a study is: what is missing would have to be part of the posterior.
     """
+    if truth is not None and prepared.job.missing_by_label is not None:
+        remedy = "Leave --truth or missing_by_label out."
+        raise SpecError(explain("--truth", expected="absence that says nothing", found="missing_by_label", remedy=remedy))
     _run_cells(prepared, executor, progress)
     progress.scoring()
     found = score(prepared, truth)
@@ -191,7 +196,7 @@ def _check_baselines(job: BenchJob, release: Release) -> None:
 
 
 def _identity(job: BenchJob, card: AnyCard, subject_key: bytes) -> str:
-    return folds.identity_of(card, job.folds, job.fold_seed, subject_key)
+    return folds.identity_of(card, job.missing_by_label, job.folds, job.fold_seed, subject_key)
 
 
 def _run_cells(prepared: Prepared, executor: Executor, progress: Progress) -> None:

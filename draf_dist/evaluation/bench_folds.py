@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from draf_dist.data.prepare import prepare
 from draf_dist.data.release import HEAD, Release, open_release
 from draf_dist.data.splits import StudyRow, component_of, strata
 from draf_dist.errors import DataError, SpecError, explain
+from draf_dist.evaluation.bench_missing import MissingByLabel, MissingSource
 from draf_dist.noise import chain
 from draf_dist.schema.label_text import num_strata, stratum
 from draf_dist.schema.record import Record
@@ -48,9 +50,25 @@ class FoldPlan(Record):
         return sum(sum(fold.class_counts) for fold in self.folds)
 
 
-def identity_of(card: AnyCard, num_folds: int, seed: int, subject_key: bytes) -> str:
+@dataclass(frozen=True)
+class Export:
+    """A raw export and how it is read. missing: what its studies lose first."""
+
+    card: AnyCard
+    raw: Path
+    missing: MissingByLabel | None = None
+
+    def source(self, held_out_sites: tuple[str, ...] = ()) -> Source:
+        """Its studies."""
+        split = self.card.split.model_copy(update={"held_out_sites": held_out_sites})
+        source = self.card.model_copy(update={"split": split}).build(self.raw)
+        return source if self.missing is None else MissingSource(source, self.missing)
+
+
+def identity_of(card: AnyCard, missing: MissingByLabel | None, num_folds: int, seed: int, subject_key: bytes) -> str:
     """What decides the folds and their releases but for the raw files: 64 hex digits."""
-    return fingerprint({"card": card.sha256, "folds": num_folds, "seed": seed, "key": key_check(subject_key)})
+    decides = {"card": card.sha256, "folds": num_folds, "seed": seed, "key": key_check(subject_key)}
+    return fingerprint(decides if missing is None else {**decides, "missing_by_label": missing.model_dump()})
 
 
 def count_sites(source: Source) -> dict[str, Integers]:
@@ -112,7 +130,7 @@ def split_of_fold(
     return splits
 
 
-def make_plan(card: AnyCard, raw: Path, identity: str, num_folds: int, seed: int, store: Store) -> FoldPlan:
+def make_plan(export: Export, identity: str, num_folds: int, seed: int, store: Store) -> FoldPlan:
     """The plan in the benchmark's folder, written there at the first call; afterwards the raw export is not read again.
 
     Raises:
@@ -121,8 +139,7 @@ def make_plan(card: AnyCard, raw: Path, identity: str, num_folds: int, seed: int
     """
     if store.exists(PLAN):
         return _read_plan(store, identity)
-    source = _holding_out(card, ()).build(raw)
-    plan = FoldPlan(identity=identity, folds=divide_sites(count_sites(source), num_folds, seed))
+    plan = FoldPlan(identity=identity, folds=divide_sites(count_sites(export.source()), num_folds, seed))
     store.write(PLAN, plan.model_dump_json(indent=1).encode() + b"\n")
     return plan
 
@@ -132,13 +149,12 @@ def fold_url(store: Store, number: int) -> str:
     return f"{store.url.rstrip('/')}/{RELEASES}/fold-{number}"
 
 
-def fold_release(card: AnyCard, raw: Path, plan: FoldPlan, number: int, store: Store, subject_key: bytes) -> Release:
+def fold_release(export: Export, plan: FoldPlan, number: int, store: Store, subject_key: bytes) -> Release:
     """The release of one fold, prepared unless it is there."""
     url = fold_url(store, number)
     if open_store(url).exists(HEAD):
         return open_release(url)
-    source = _holding_out(card, plan.folds[number].sites).build(raw)
-    return prepare(source, url, subject_key=subject_key, rule=split_of_fold)
+    return prepare(export.source(plan.folds[number].sites), url, subject_key=subject_key, rule=split_of_fold)
 
 
 def check_fold(release: Release, fold: Fold) -> Integers:
@@ -181,10 +197,6 @@ def _fold(names: Sequence[str], counts: Mapping[str, Integers]) -> Fold:
     return Fold(sites=tuple(names), class_counts=tuple(int(n) for n in np.sum([counts[name] for name in names], axis=0)))
 
 
-def _holding_out(card: AnyCard, sites: tuple[str, ...]) -> AnyCard:
-    return card.model_copy(update={"split": card.split.model_copy(update={"held_out_sites": sites})})
-
-
 def _read_plan(store: Store, identity: str) -> FoldPlan:
     where, remedy = store.where(PLAN), "Choose another --out."
     try:
@@ -192,6 +204,6 @@ def _read_plan(store: Store, identity: str) -> FoldPlan:
     except ValidationError as error:
         raise DataError(explain(where, expected="a plan of folds", found="something else", remedy=remedy)) from error
     if plan.identity != identity:
-        found = "one of another card, other folds or another DRAF_SUBJECT_KEY"
+        found = "one of another card, other folds, another missing_by_label or another DRAF_SUBJECT_KEY"
         raise SpecError(explain(where, expected="the plan of this benchmark", found=found, remedy=remedy))
     return plan

@@ -153,6 +153,7 @@ def found(spec: Spec, name: str) -> Iterator[tuple[str, Any]]:
 
 SHARED = {
     "bench_findings_eicu": {"mean_mc", "severity_rejection", "severity_cross_modal_gate", "draf_alpha_0"},
+    "bench_bits_eicu": {"mean_mc", "concat", "draf_alpha_1"},
     "bench_parts_eicu": {"mean_mc", "late_mean", "draf_alpha_0", "drfuse", "aum"},
 }
 
