@@ -9,9 +9,9 @@ from draf_dist.evaluation.job import EvaluateJob
 from draf_dist.evaluation.predictions import Predictions
 from draf_dist.evaluation.results import Cell, Signal, SplitResult, Sweep
 from draf_dist.evaluation.scoring import TASKS, TaskMetrics
-from draf_dist.evaluation.statistics import Estimate, Floats, spearman
+from draf_dist.evaluation.statistics import Estimate, Floats
 from draf_dist.evaluation.task_scores import TaskName
-from draf_dist.metrics.rank import correlation_warning
+from draf_dist.metrics.rank import correlation_warning, risk_correlation, spearman
 from draf_dist.metrics.temperature import Temperature
 
 # What the weights use, where a model says so; else the proposal's own uncertainty.
@@ -86,7 +86,7 @@ def _with_risk(validation: Predictions, uncertainty: NDArray[np.float32], m: int
     """Spearman of U with the risk that the modality itself sees, or with the fused one where no head of its own says."""
     own = validation.unimodal[:, m]
     risk = own if np.isfinite(own).any() else np.where(validation.present[:, m], validation.risk, np.nan)
-    return spearman(uncertainty.astype(np.float64), risk.astype(np.float64))
+    return risk_correlation(uncertainty.astype(np.float64), risk.astype(np.float64))
 
 
 def _pool(parts: Sequence[Predictions], m: int, values: Sequence[NDArray[np.float32]]) -> Floats:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from draf_dist.schema.record import Record
 
@@ -94,12 +93,3 @@ def estimate(value: float, replicates: Floats, *, reason: str = UNDEFINED) -> Es
         return Estimate(value=value, reason=why, undefined_replicates=undefined)
     low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value=value, low=float(low), high=float(high), undefined_replicates=undefined)
-
-
-def spearman(first: Floats, second: Floats) -> float:
-    """Rank correlation of the pairs in which both are numbers; NaN below three pairs or when one does not vary."""
-    both = np.isfinite(first) & np.isfinite(second)
-    first, second = first[both], second[both]
-    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return float("nan")
-    return float(spearmanr(first, second).statistic)

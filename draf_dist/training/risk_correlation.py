@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from draf_dist.metrics.rank import correlation_warning, spearman
+from draf_dist.metrics.rank import correlation_warning, risk_correlation
 from draf_dist.schema.batch import Batch, ClassTarget, FusionOutput, MultiLabelTarget, SurvivalTarget, Target
 from draf_dist.training.journal import Line
 
@@ -37,7 +37,7 @@ def risk_columns(output: FusionOutput, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def risk_correlations(uncertainty: NDArray[np.float64], risk: NDArray[np.float64], modalities: Sequence[str]) -> dict[str, float]:
     """Spearman(U, risk) by modality, under the names of the numbers of a validation; not a number where it does not exist."""
-    return {f"{PREFIX}{name}": spearman(uncertainty[:, m], risk[:, m]) for m, name in enumerate(modalities)}
+    return {f"{PREFIX}{name}": risk_correlation(uncertainty[:, m], risk[:, m]) for m, name in enumerate(modalities)}
 
 
 def risk_warnings(metrics: Iterable[Line], best_step: int | None) -> tuple[str, ...]:

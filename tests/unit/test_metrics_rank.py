@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from draf_dist.metrics.rank import risk_score_warning, spearman
+from draf_dist.metrics.rank import FEWEST, correlation_warning, risk_correlation, spearman
 
 
 def test_spearman_by_hand() -> None:
@@ -39,13 +39,13 @@ def test_variance_of_probabilities_at_low_prevalence_is_a_risk_score_and_is_said
     logits = generator.normal(-3.0, 1.0, 500)[:, None] + generator.normal(0, 0.5, (500, 30))
     probability = 1 / (1 + np.exp(-logits))
     risk, uncertainty = probability.mean(1), probability.var(1)
-    message = risk_score_warning("ecg", uncertainty, risk)
+    message = correlation_warning("ecg", risk_correlation(uncertainty, risk))
     assert message is not None
     assert message.startswith("Modality ecg: its uncertainty goes with its risk (Spearman +0.9")
     assert "silences the modality that raises the alarm" in message
     # The variance of the logits does not know the risk.
-    assert risk_score_warning("ecg", logits.var(1), risk) is None
-    falling = risk_score_warning("ecg", -uncertainty, risk)
+    assert correlation_warning("ecg", risk_correlation(logits.var(1), risk)) is None
+    falling = correlation_warning("ecg", risk_correlation(-uncertainty, risk))
     assert falling is not None
     assert "where it sees no risk" in falling
 
@@ -53,6 +53,12 @@ def test_variance_of_probabilities_at_low_prevalence_is_a_risk_score_and_is_said
 def test_the_limit_itself_and_undefined_correlations_are_no_warning() -> None:
     first, second = np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0, 1.0, 4.0, 3.0])
     exact = spearman(first, second)
-    assert risk_score_warning("m", first, second, largest=exact) is None
-    assert risk_score_warning("m", first, second, largest=exact - 1e-9) is not None
-    assert risk_score_warning("m", np.ones(4), second) is None
+    assert correlation_warning("m", exact, largest=exact) is None
+    assert correlation_warning("m", exact, largest=exact - 1e-9) is not None
+    assert correlation_warning("m", spearman(np.ones(4), second)) is None
+
+
+def test_of_a_few_studies_nothing_is_said_of_the_risk() -> None:
+    score = np.arange(30.0)
+    assert risk_correlation(np.where(score < FEWEST, score, math.nan), score) == 1.0
+    assert math.isnan(risk_correlation(np.where(score < FEWEST - 1, score, math.nan), score))

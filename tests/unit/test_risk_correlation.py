@@ -105,7 +105,7 @@ def test_a_planted_risk_score_is_told_at_the_end_and_shown_with_the_run(tmp_path
 
     plain = validate._columns  # noqa: SLF001
     monkeypatch.setattr(validate, "_columns", lambda module, batch, passes: plain(_Fearful(module), batch, passes))
-    release = small_release(tmp_path, num_subjects=60, seed=1)
+    release = small_release(tmp_path, num_subjects=240, seed=1)
     console = silent()
     with console.capture() as told:
         train(small_job(release, epochs=1), str(tmp_path / "run"), console=console)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from draf_dist.evaluation.statistics import Estimate, Resamples, estimate_all, spearman
+from draf_dist.evaluation.statistics import Estimate, Resamples, estimate_all
 
 
 def test_the_interval_covers_the_mean_about_as_often_as_it_says() -> None:
@@ -60,10 +60,3 @@ def test_nan_becomes_null_with_a_reason() -> None:
     assert Estimate.of(float("nan"), reason="one class").reason == "one class"
     empty = estimate_all(lambda rows: {"mean": float("nan")}, Resamples(np.zeros(0, dtype=np.int64), replicates=10, seed=0))
     assert empty["mean"].value is None
-
-
-def test_spearman_ignores_gaps_and_refuses_constants() -> None:
-    first = np.array([1.0, 2.0, np.nan, 3.0, 4.0])
-    assert spearman(first, np.array([1.0, 4.0, 0.0, 9.0, 16.0])) == pytest.approx(1.0)
-    assert np.isnan(spearman(first, np.ones(5)))
-    assert np.isnan(spearman(first[:2], first[:2]))
