@@ -1,12 +1,28 @@
-"""The numbers of findings_images.py as markdown."""
+"""The numbers of findings as markdown."""
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from draf_dist.evaluation.bench_results import ConditionResult
 from draf_dist.evaluation.statistics import Estimate
 
+# Row -> column; title -> table.
+Table = dict[str, dict[str, Estimate]]
+Tables = dict[str, Table]
 
-def table(title: str, rows: dict[str, dict[str, Estimate]]) -> str:
+
+def show_tables(found: Tables, path: Path | None) -> None:
+    """Prints them; with a path writes every number there."""
+    for title, rows in found.items():
+        print(table(title, rows))
+    if path:
+        path.write_text(
+            json.dumps({t: {r: {c: e.model_dump() for c, e in x.items()} for r, x in y.items()} for t, y in found.items()})
+        )
+
+
+def table(title: str, rows: Table) -> str:
     """As markdown."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     head = [f"\n{title}\n", f"| | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
@@ -21,9 +37,9 @@ def show(one: Estimate | None) -> str:
     return f"{one.value:.3f}" + ("" if one.low is None else f" [{one.low:.3f}, {one.high:.3f}]")
 
 
-def comparison_tables(results: Iterable[ConditionResult]) -> dict[str, dict[str, dict[str, Estimate]]]:
+def comparison_tables(results: Iterable[ConditionResult]) -> Tables:
     """Metric, and its differences -> system -> condition -> number."""
-    found: dict[str, dict[str, dict[str, Estimate]]] = {}
+    found: Tables = {}
     for result in results:
         for row in result.rows:
             for metric, value in row.metrics.items():
