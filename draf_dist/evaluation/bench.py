@@ -371,4 +371,5 @@ def _about(prepared: Prepared, pooled: Pooled, num_subjects: int) -> BenchAbout:
         bootstrap=job.bootstrap,
         git_commit=git_commit(),
         task=pooled.task,
+        missing_by_label=job.missing_by_label,
     )

@@ -74,7 +74,7 @@ def markdown(bench: Bench) -> str:
         "",
         f"{about.num_studies:,} studies of {about.num_subjects:,} subjects at {about.num_sites} sites of `{about.data}`; "
         f"label `{about.label}`: {counts}. {len(about.folds)} folds of whole sites; every study is predicted once per seed, by a "
-        "model that saw neither its site nor any study of its subject.",
+        f"model that saw neither its site nor any study of its subject.{_lost(bench)}",
         "",
         *_table(columns_of(about.task), [cells_of(row, about.task) for row in bench.rows]),
         "",
@@ -89,6 +89,13 @@ def markdown(bench: Bench) -> str:
         *_conditions(bench),
     ]
     return "\n".join(lines)
+
+
+def _lost(bench: Bench) -> str:
+    missing = bench.about.missing_by_label
+    if missing is None:
+        return ""
+    return f" Modalities were lost by the label before folds were made: rate {missing.rate:g}, slope {missing.slope:g}."
 
 
 def _marked(row: Row, task: TaskName) -> tuple[str, ...]:

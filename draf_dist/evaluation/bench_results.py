@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from draf_dist.evaluation.bench_folds import Fold
+from draf_dist.evaluation.bench_missing import MissingByLabel
 from draf_dist.evaluation.results import Floor, Metrics
 from draf_dist.evaluation.task_scores import TaskName
 from draf_dist.schema.record import Record
@@ -99,6 +100,7 @@ class BenchAbout(Record):
     bootstrap: int
     git_commit: str | None
     task: TaskName = Field("class", exclude_if=lambda task: task == "class")
+    missing_by_label: MissingByLabel | None = Field(None, exclude_if=lambda missing: missing is None)
 
 
 class Bench(Record):

@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from planted_wards import write_export, write_job
 
+from draf_dist.data.loader import evaluation_batches
 from draf_dist.errors import DataError, DrafError, SpecError
 from draf_dist.evaluation import bench_folds
 from draf_dist.evaluation.bench import Prepared, prepare_bench, run_bench
 from draf_dist.evaluation.bench_job import load_bench_job
+from draf_dist.evaluation.bench_missing import MissingByLabel
 from draf_dist.evaluation.bench_results import Bench
 from draf_dist.executor import GRACE_S, Executor, Processes, Serial
 from draf_dist.sources.synth import synthesise
@@ -157,6 +160,26 @@ def test_travellers_are_held_out_at_both_wards(finished: tuple[Path, Bench]) -> 
 def test_another_benchmark_does_not_enter_the_folder(finished: tuple[Path, Bench]) -> None:
     with pytest.raises(SpecError, match=r"folds\.json: expected the plan of this benchmark"):
         prepared(finished[0], "folds=4")
+
+
+def test_what_studies_lost_by_their_label_is_lost_in_training_and_in_the_fold(tmp_path: Path) -> None:
+    law = "missing_by_label={rate: 0.4, slope: 2}"
+    bench, _ = run(tmp_path, law, "systems={mean: {}}", "baselines=[]")
+    assert bench.about.missing_by_label == MissingByLabel(rate=0.4, slope=2)
+    assert "lost by the label before folds were made: rate 0.4, slope 2." in (tmp_path / "out" / "results.md").read_text()
+    ready = prepared(tmp_path, law, "systems={mean: {}}", "baselines=[]")
+    for split in ("train", "ood"):
+        batches = list(evaluation_batches(ready.releases[0], split, 64))
+        died = torch.cat([batch.classes.label for batch in batches]).bool()
+        blood = torch.cat([batch.present[:, 0] for batch in batches]).double()
+        # P(lost) is .94 and .17, for standardised labels of 1.5 and -.65. Every fifth study has blood alone and keeps it; of the
+        # others that lose both half get it back: .8 (p - p^2 / 2) are without.
+        assert blood[died].mean() == pytest.approx(0.60, abs=0.12)
+        assert blood[~died].mean() == pytest.approx(0.88, abs=0.07)
+    with pytest.raises(SpecError, match=r"folds\.json: expected the plan of this benchmark"):
+        prepared(tmp_path)
+    with pytest.raises(SpecError, match="--truth: expected absence that says nothing, found missing_by_label"):
+        run_bench(ready, Serial(), Heard(), truth={})
 
 
 def test_folds_of_different_exports_are_refused_before_anything_is_trained(finished: tuple[Path, Bench], tmp_path: Path) -> None:
