@@ -19,10 +19,10 @@ from draf_dist.augment.poisson_noise import PoissonNoise
 from draf_dist.augment.rician_noise import RicianNoise
 from draf_dist.augment.rotate_scale import RotateScale
 from draf_dist.augment.transform import Applied, Parameters, in_blocks
-from draf_dist.augment.views import AS_STORED, Scale, View, Views, ViewsConfig, refuse_twice, view_keys
+from draf_dist.augment.views import Scale, View, Views, ViewsConfig, refuse_twice, view_keys
 from draf_dist.augment.warp import warp
 from draf_dist.augment.window import Window
-from draf_dist.config.spec import Spec, kind_or
+from draf_dist.config.spec import NO_KIND, Spec, kind_or
 
 # Of stored values: HU, a scanner's magnitudes, grey values. Adding a transform: one file and one name here.
 CtTransform = Annotated[BeamHardening | Cupping | Window, Field(discriminator="kind")]
@@ -54,7 +54,7 @@ class Preset(Spec):
         refuse_twice(step.kind for step in (*self.acquisition, *self.transforms))
         return self
 
-    def make(self, image: Tensor, *, scale: Scale = AS_STORED, stream: str, seed: int, epoch: Tensor, uid: Tensor) -> Views:
+    def make(self, image: Tensor, *, scale: Scale, stream: str, seed: int, epoch: Tensor, uid: Tensor) -> Views:
         """Views of standardised images (B, C, H, W) or volumes (B, C, D, H, W), functions of (seed, stream, view, epoch, uid).
 
         scale: (mean, deviation) with which they were standardised (`Normaliser.constants`). stream: what is seen, the modality.
@@ -116,9 +116,9 @@ class CxrPreset(Preset):
 
 # What a job says: the views one by one, which have no kind, or a preset by its kind.
 AnyViews = Annotated[
-    Annotated[ViewsConfig, Tag("none")]
+    Annotated[ViewsConfig, Tag(NO_KIND)]
     | Annotated[CtPreset, Tag("ct")]
     | Annotated[MriPreset, Tag("mri")]
     | Annotated[CxrPreset, Tag("cxr")],
-    Discriminator(kind_or("none")),
+    Discriminator(kind_or(NO_KIND)),
 ]

@@ -90,6 +90,10 @@ def model_of_kind(kind: Any, models: Mapping[str, type[SpecT]], *, where: str, s
     raise SpecError(explain(f"{where}: kind", expected=f"one of {', '.join(models)}", found=found, remedy=remedy))
 
 
+# The tag of a union's member that has no kind: none that could be chosen.
+NO_KIND = "none"
+
+
 def kind_or(default: str) -> Callable[[object], str]:
     """The discriminator of a union one of whose members need not say its kind: that of `default`."""
 
@@ -181,7 +185,7 @@ def _problem(where: str, detail: Any, model: type[BaseModel]) -> str:
             return explain(place, expected="a known key", found=repr(path[-1]), remedy=_nearest(str(path[-1]), siblings) or known)
         case "union_tag_invalid" | "union_tag_not_found" if "kind" in detail["ctx"]["discriminator"]:
             # Not its own text, which lists the tags, quotes the whole section and names no key.
-            kinds = [str(kind) for kind in _tags(_candidates_at(model, path))]
+            kinds = [str(kind) for kind in _tags(_candidates_at(model, path)) if kind != NO_KIND]
             tag = detail["ctx"].get("tag")
             found = "nothing" if tag is None else repr(tag)
             remedy = _nearest(str(tag), kinds) or "Choose one of them."

@@ -50,6 +50,7 @@ from draf_dist.evaluation.regret import PlantedTruth, posterior
 from draf_dist.evaluation.scoring import TASKS, task_asked
 from draf_dist.evaluation.statistics import Floats, Resamples, Rows
 from draf_dist.executor import Done, Executor, Failed
+from draf_dist.metrics.classification import auroc
 from draf_dist.schema.modality import ImageSpec
 from draf_dist.sources.card import AnyCard, load_card
 from draf_dist.storage import Store, open_store
@@ -109,7 +110,7 @@ def prepare_bench(job: BenchJob, raw: Path, out: str, subject_key: bytes, progre
         DataError: the raw export is bad; folds of different exports; a subject of a fold in its training.
     """
     card, store = load_card(job.card), open_store(out)
-    export = folds.Export(card, raw, job.missing_by_label)
+    export = folds.Export(card, raw, job.missing_from_start)
     plan = folds.make_plan(export, _identity(job, card, subject_key), job.folds, job.fold_seed, store)
     releases = []
     for number in range(job.folds):
@@ -151,9 +152,9 @@ def run_bench(prepared: Prepared, executor: Executor, progress: Progress, truth:
         InterruptedRunError: it was asked to stop; the same command goes on.
         SpecError: truth, where more is missing the sicker a study is: what is missing would have to be part of the posterior.
     """
-    if truth is not None and prepared.job.missing_by_label is not None:
-        remedy = "Leave --truth or missing_by_label out."
-        raise SpecError(explain("--truth", expected="absence that says nothing", found="missing_by_label", remedy=remedy))
+    if truth is not None and prepared.job.missing_from_start is not None:
+        remedy = "Leave --truth or missing_from_start out."
+        raise SpecError(explain("--truth", expected="absence that says nothing", found="missing_from_start", remedy=remedy))
     _run_cells(prepared, executor, progress)
     progress.scoring()
     found = score(prepared, truth)
@@ -196,7 +197,7 @@ def _check_baselines(job: BenchJob, release: Release) -> None:
 
 
 def _identity(job: BenchJob, card: AnyCard, subject_key: bytes) -> str:
-    return folds.identity_of(card, job.missing_by_label, job.folds, job.fold_seed, subject_key)
+    return folds.identity_of(card, job.missing_from_start, job.folds, job.fold_seed, subject_key)
 
 
 def _run_cells(prepared: Prepared, executor: Executor, progress: Progress) -> None:
@@ -274,8 +275,12 @@ class Counted:
 
     def exact(self, parts: Sequence[Predictions], truth: Truth) -> Floats:
         """The posterior of the same studies in the same order, (n, 2)."""
+        return posterior(self.in_order(parts), truth)
+
+    def in_order(self, parts: Sequence[Predictions]) -> Predictions:
+        """The predictions of the same studies in the same order, temperature not applied."""
         kept = concatenate([part.rows(np.isin(part.uid, own)) for part, own in zip(parts, self.own, strict=True)])
-        return posterior(kept.rows(np.argsort(kept.uid, kind="stable")).labelled(), truth)
+        return kept.rows(np.argsort(kept.uid, kind="stable")).labelled()
 
 
 def _conditions(
@@ -351,6 +356,16 @@ def _row(
     )
 
 
+def _auroc_of_absence(prepared: Prepared, pooled: Pooled) -> float | None:
+    """What the number of missing modalities says by itself, where they were taken from the start and there are two classes."""
+    job = prepared.job
+    if job.missing_from_start is None or pooled.task != "class" or pooled.probability.shape[1] != 2:
+        return None
+    cells = [cell for cell in prepared.cells if cell.system == job.reference][: job.folds]
+    present = Counted.of(prepared).in_order([fold_predictions(cell) for cell in cells]).present.sum(1)
+    return auroc(np.stack([present, -present], axis=1).astype(np.float64), pooled.label)
+
+
 def _about(prepared: Prepared, pooled: Pooled, num_subjects: int) -> BenchAbout:
     job, schema = prepared.job, prepared.releases[0].schema
     return BenchAbout(
@@ -371,5 +386,6 @@ def _about(prepared: Prepared, pooled: Pooled, num_subjects: int) -> BenchAbout:
         bootstrap=job.bootstrap,
         git_commit=git_commit(),
         task=pooled.task,
-        missing_by_label=job.missing_by_label,
+        missing_from_start=job.missing_from_start,
+        auroc_of_absence=_auroc_of_absence(prepared, pooled),
     )

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from draf_dist.data.prepare import prepare
 from draf_dist.data.release import HEAD, Release, open_release
 from draf_dist.data.splits import StudyRow, component_of, strata
 from draf_dist.errors import DataError, SpecError, explain
-from draf_dist.evaluation.bench_missing import MissingByLabel, MissingSource
+from draf_dist.evaluation.bench_missing import KEY, LossLaw, MissingFromStart, MissingSource, fit_loss
 from draf_dist.noise import chain
 from draf_dist.schema.label_text import num_strata, stratum
 from draf_dist.schema.record import Record
@@ -56,19 +57,24 @@ class Export:
 
     card: AnyCard
     raw: Path
-    missing: MissingByLabel | None = None
+    missing: MissingFromStart | None = None
 
     def source(self, held_out_sites: tuple[str, ...] = ()) -> Source:
         """Its studies."""
         split = self.card.split.model_copy(update={"held_out_sites": held_out_sites})
         source = self.card.model_copy(update={"split": split}).build(self.raw)
-        return source if self.missing is None else MissingSource(source, self.missing)
+        return source if self.missing is None or self._law is None else MissingSource(source, self.missing, self._law)
+
+    @cached_property
+    def _law(self) -> LossLaw | None:
+        """One for all folds."""
+        return None if self.missing is None else fit_loss(self.card.build(self.raw), self.missing)
 
 
-def identity_of(card: AnyCard, missing: MissingByLabel | None, num_folds: int, seed: int, subject_key: bytes) -> str:
+def identity_of(card: AnyCard, missing: MissingFromStart | None, num_folds: int, seed: int, subject_key: bytes) -> str:
     """What decides the folds and their releases but for the raw files: 64 hex digits."""
     decides = {"card": card.sha256, "folds": num_folds, "seed": seed, "key": key_check(subject_key)}
-    return fingerprint(decides if missing is None else {**decides, "missing_by_label": missing.model_dump()})
+    return fingerprint(decides if missing is None else {**decides, KEY: missing.model_dump()})
 
 
 def count_sites(source: Source) -> dict[str, Integers]:
@@ -204,6 +210,6 @@ def _read_plan(store: Store, identity: str) -> FoldPlan:
     except ValidationError as error:
         raise DataError(explain(where, expected="a plan of folds", found="something else", remedy=remedy)) from error
     if plan.identity != identity:
-        found = "one of another card, other folds, another missing_by_label or another DRAF_SUBJECT_KEY"
+        found = "one of another card, other folds, another missing_from_start or another DRAF_SUBJECT_KEY"
         raise SpecError(explain(where, expected="the plan of this benchmark", found=found, remedy=remedy))
     return plan

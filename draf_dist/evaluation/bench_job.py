@@ -10,7 +10,7 @@ from draf_dist.config.spec import Spec, apply_overrides, read_yaml, validate_spe
 from draf_dist.errors import SpecError, explain, together
 from draf_dist.evaluation.baselines import BaselineConfig
 from draf_dist.evaluation.bench_conditions import BenchCondition
-from draf_dist.evaluation.bench_missing import MissingByLabel
+from draf_dist.evaluation.bench_missing import MissingFromStart
 from draf_dist.training.job import FinetuneJob
 
 Tree = dict[str, Any]
@@ -26,7 +26,7 @@ class BenchJob(Spec):
     card: path of the dataset card. folds: parts into which its sites are divided; each is held out once. fold_seed: another one
     gives another partition. seeds: of training; every system is trained once per fold and seed. finetune: the parts of a
     fine-tuning job that all systems share. systems: name -> the parts in which it differs. baselines: trained without seeds.
-    conditions: name -> what is done to the fold before it is predicted once more; `clean` is always there. missing_by_label: what
+    conditions: name -> what is done to the fold before it is predicted once more; `clean` is always there. missing_from_start: what
     the studies lose before anything else, in training too.
     reference: the system (or baseline) that differences are taken to. passes, batch_size: of prediction. bootstrap: resamples of
     subjects; bootstrap_seed: of their draws.
@@ -45,7 +45,7 @@ class BenchJob(Spec):
     conditions: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")], BenchCondition] = Field(
         {}, exclude_if=lambda conditions: not conditions
     )
-    missing_by_label: MissingByLabel | None = Field(None, exclude_if=lambda missing: missing is None)
+    missing_from_start: MissingFromStart | None = Field(None, exclude_if=lambda missing: missing is None)
     reference: str
     passes: int = Field(30, ge=2)
     batch_size: int = Field(64, ge=1)

@@ -92,10 +92,12 @@ def markdown(bench: Bench) -> str:
 
 
 def _lost(bench: Bench) -> str:
-    missing = bench.about.missing_by_label
+    missing, alone = bench.about.missing_from_start, bench.about.auroc_of_absence
     if missing is None:
         return ""
-    return f" Modalities were lost by the label before folds were made: rate {missing.rate:g}, slope {missing.slope:g}."
+    what = "the label" if missing.score == "label" else "the first principal score of series and tables"
+    law = f" Modalities were missing from the start, more in the sicker by {what}: rate {missing.rate:g}, slope {missing.slope:g}."
+    return law if alone is None else f"{law} How many are missing has by itself AUROC {alone:.{DIGITS}f}."
 
 
 def _marked(row: Row, task: TaskName) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from draf_dist.evaluation.bench_folds import Fold
-from draf_dist.evaluation.bench_missing import MissingByLabel
+from draf_dist.evaluation.bench_missing import MissingFromStart
 from draf_dist.evaluation.results import Floor, Metrics
 from draf_dist.evaluation.task_scores import TaskName
 from draf_dist.schema.record import Record
@@ -80,7 +80,8 @@ class ConditionResult(Record):
 class BenchAbout(Record):
     """What was compared. settings: the resolved job. releases: versions of the folds. uid_sum: of the receipt of all studies.
 
-    classes: what class_counts counts: classes; of several labels each, of times censored and event.
+    classes: what class_counts counts: classes; of several labels each, of times censored and event. auroc_of_absence: of the
+    number of missing modalities as a score of the second of two classes, where these were taken from the start.
     """
 
     name: str
@@ -100,7 +101,8 @@ class BenchAbout(Record):
     bootstrap: int
     git_commit: str | None
     task: TaskName = Field("class", exclude_if=lambda task: task == "class")
-    missing_by_label: MissingByLabel | None = Field(None, exclude_if=lambda missing: missing is None)
+    missing_from_start: MissingFromStart | None = Field(None, exclude_if=lambda missing: missing is None)
+    auroc_of_absence: float | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class Bench(Record):

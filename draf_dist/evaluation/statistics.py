@@ -1,4 +1,4 @@
-"""Intervals and correlations: the subject-level bootstrap, Spearman's rho, and an Estimate that is never NaN."""
+"""Intervals: the subject-level bootstrap, and an Estimate that is never NaN."""
 
 from collections.abc import Callable, Iterator
 

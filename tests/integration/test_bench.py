@@ -20,7 +20,7 @@ from draf_dist.errors import DataError, DrafError, SpecError
 from draf_dist.evaluation import bench_folds
 from draf_dist.evaluation.bench import Prepared, prepare_bench, run_bench
 from draf_dist.evaluation.bench_job import load_bench_job
-from draf_dist.evaluation.bench_missing import MissingByLabel
+from draf_dist.evaluation.bench_missing import MissingFromStart
 from draf_dist.evaluation.bench_results import Bench
 from draf_dist.executor import GRACE_S, Executor, Processes, Serial
 from draf_dist.sources.synth import synthesise
@@ -163,10 +163,13 @@ def test_another_benchmark_does_not_enter_the_folder(finished: tuple[Path, Bench
 
 
 def test_what_studies_lost_by_their_label_is_lost_in_training_and_in_the_fold(tmp_path: Path) -> None:
-    law = "missing_by_label={rate: 0.4, slope: 2}"
+    law = "missing_from_start={rate: 0.4, slope: 2, score: label}"
     bench, _ = run(tmp_path, law, "systems={mean: {}}", "baselines=[]")
-    assert bench.about.missing_by_label == MissingByLabel(rate=0.4, slope=2)
-    assert "lost by the label before folds were made: rate 0.4, slope 2." in (tmp_path / "out" / "results.md").read_text()
+    assert bench.about.missing_from_start == MissingFromStart(rate=0.4, slope=2, score="label")
+    # How many are missing: .8 of the studies have two tables; by P(lost) .94 and .17 the sick have fewer in most pairs.
+    assert bench.about.auroc_of_absence == pytest.approx(0.75, abs=0.1)
+    said = "more in the sicker by the label: rate 0.4, slope 2. How many are missing has by itself AUROC 0."
+    assert said in (tmp_path / "out" / "results.md").read_text()
     ready = prepared(tmp_path, law, "systems={mean: {}}", "baselines=[]")
     for split in ("train", "ood"):
         batches = list(evaluation_batches(ready.releases[0], split, 64))
@@ -178,7 +181,7 @@ def test_what_studies_lost_by_their_label_is_lost_in_training_and_in_the_fold(tm
         assert blood[~died].mean() == pytest.approx(0.88, abs=0.07)
     with pytest.raises(SpecError, match=r"folds\.json: expected the plan of this benchmark"):
         prepared(tmp_path)
-    with pytest.raises(SpecError, match="--truth: expected absence that says nothing, found missing_by_label"):
+    with pytest.raises(SpecError, match="--truth: expected absence that says nothing, found missing_from_start"):
         run_bench(ready, Serial(), Heard(), truth={})
 
 

@@ -9,6 +9,7 @@ from draf_dist.errors import SpecError
 from draf_dist.evaluation.job import EvaluateJob
 from draf_dist.sources.card_model import Card
 from draf_dist.training.jobs import load_job
+from draf_dist.training.pretrain_job import PretrainJob
 
 JOB = "kind: finetune\nname: x\nrelease: data\n"
 KINDS = "draf, mean, concat, late_mean, healnet, aum, early, mda"
@@ -85,3 +86,11 @@ def test_a_modality_whose_kind_is_also_a_key_is_named_by_its_keys_alone() -> Non
         validate_spec({"kind": "hospital_export", "modalities": [modality]}, Card, where="card.yaml")
     lines = str(caught.value).splitlines()
     assert "card.yaml: modalities.0.variables.0.unti: expected a known key, found 'unti'. Did you mean 'unit'?" in lines
+
+
+@pytest.mark.parametrize(("kind", "remedy"), [("mir", "Did you mean 'mri'?"), (None, "Choose one of them.")])
+def test_of_a_union_with_a_member_without_a_kind_only_real_kinds_are_offered(kind: object, remedy: str) -> None:
+    objective = {"kind": "simclr", "modality": "cxr", "views": {"kind": kind}}
+    with pytest.raises(SpecError) as raised:
+        validate_spec({"kind": "pretrain", "name": "x", "release": "r", "objective": objective}, PretrainJob, where="job.yaml")
+    assert str(raised.value) == f"job.yaml: objective.views.kind: expected one of ct, mri, cxr, found {str(kind)!r}. {remedy}"
