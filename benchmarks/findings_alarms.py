@@ -28,9 +28,10 @@ def abstention(study: Study) -> Table:
 def alarms(probability: Floats, label: Rows, *, threshold: float, coverage: float) -> tuple[float, float, float]:
     """Recall, PPV and number of alarms, answered studies with p >= threshold; recall is of all positives, answered or not.
 
-    Answered are those whose max(p, 1 - p) is at least the (1 - coverage) quantile. PPV is NaN where there is no alarm.
+    Answered are those whose max(p, 1 - p) is at least the (1 - coverage) quantile. Recall is NaN where there is no positive, PPV
+    where there is no alarm.
     """
     certainty = np.maximum(probability, 1 - probability)
     alarm = (certainty >= np.quantile(certainty, 1 - coverage)) & (probability >= threshold)
-    right = float((label[alarm] == 1).sum())
-    return right / float((label == 1).sum()), right / alarm.sum() if alarm.any() else float("nan"), float(alarm.sum())
+    right, positive, number = (float(one.sum()) for one in (label[alarm] == 1, label == 1, alarm))
+    return right / positive if positive else float("nan"), right / number if number else float("nan"), number

@@ -11,7 +11,6 @@ Numbers are means over seeds with 95 % percentiles over resamples of subjects (a
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from findings_statistics import alone, averaged, corruption, ranked, told_apart, uncertainty, weight, with_level
@@ -25,14 +24,16 @@ from draf_dist.evaluation.bench_job import load_bench_job
 from draf_dist.evaluation.bench_results import ConditionResult
 from draf_dist.evaluation.bench_scores import Pooled
 from draf_dist.evaluation.regret import pointwise_divergence
-from draf_dist.evaluation.statistics import Estimate, Floats, estimate
-from draf_dist.metrics.classification import auroc
+from draf_dist.evaluation.statistics import Estimate, Floats, Rows, estimate
+from draf_dist.metrics.classification import Flags, auroc
 from draf_dist.sources.card import load_card
 from draf_dist.sources.synth.truth import posterior_by_uid
 
 # Those whose signals are asked for: equal weights with every uncertainty and a corruption head, and severity.
 EQUAL, REJECTION = "draf_alpha_0", "severity_rejection"
 ON_IMAGES = ("noise_08", "noise_3", "downsample_8", "jpeg_10")
+# Sigma: none, and those of the first two.
+NOISE = (0.0, 0.8, 3.0)
 # Of abstention: the share of studies that is answered.
 COVERAGE = 0.7
 
@@ -63,17 +64,17 @@ def detectors(study: ImageStudy) -> dict[str, tuple[str, Read]]:
 
 def detection(study: ImageStudy) -> dict[str, dict[str, Estimate]]:
     """By detector: AUROC of corrupted against clean images under every condition, Spearman with the level of noise."""
-    found = {}
+    found, truth = {}, study.truth
     for name, (system, read) in detectors(study).items():
         clean = study.signals(system, (CLEAN, "all"), read)
         hit = {
             where: study.signals(system, where, read) for where in [*((one, "all") for one in ON_IMAGES), ("swap", study.modality)]
         }
         each = {where[0]: study.over_models(told_apart(clean, values)) for where, values in hit.items()}
-        each["level of noise"] = study.over_models(with_level([clean, hit["noise_08", "all"], hit["noise_3", "all"]]))
-        if study.truth is not None:
+        each["level of noise"] = study.over_models(with_level([clean, hit["noise_08", "all"], hit["noise_3", "all"]], NOISE))
+        if truth is not None:
             planted = study.signals(
-                system, (CLEAN, "all"), lambda part: [study.truth[int(uid)].severity[study.modality] for uid in part.uid]
+                system, (CLEAN, "all"), lambda part: [truth[int(uid)].severity[study.modality] for uid in part.uid]
             )
             each["planted"] = study.over_models(ranked(clean, planted))
         found[name] = each
@@ -176,7 +177,7 @@ def abstention(study: ImageStudy, condition: str) -> dict[str, dict[str, Estimat
     return found
 
 
-def _losses(study: ImageStudy, condition: str, hit: Any) -> dict[str, Floats]:
+def _losses(study: ImageStudy, condition: str, hit: Flags) -> dict[str, Floats]:
     """Kind -> (seeds, n)."""
     pairs = [(study.pooled(EQUAL, seed, (CLEAN, "all")), study.pooled(EQUAL, seed, (condition, "all"))) for seed in study.seeds]
     probability = [np.where(hit[:, None], other.probability, clean.probability) for clean, other in pairs]
@@ -194,7 +195,7 @@ def _answered(score: Floats, loss: Floats) -> Statistic:
     """Ties (severity is 0 of most clean images) are broken by a fixed draw."""
     tie = np.random.default_rng(1).random((score.shape[1],))
 
-    def statistic(seed: int, rows: Any) -> float:
+    def statistic(seed: int, rows: Rows) -> float:
         order = np.lexsort((tie[rows], score[seed, rows]))
         kept = rows[order][: max(1, round(COVERAGE * len(rows)))]
         return float(loss[seed, kept].mean())
@@ -209,7 +210,7 @@ def signals_of_one(study: ImageStudy) -> dict[str, dict[str, Estimate]]:
     for m, name in enumerate(study.prepared.releases[0].schema.names):
         own = study.signals(EQUAL, (CLEAN, "all"), alone(m))
 
-        def statistic(seed: int, rows: Any, own: Floats = own) -> float:
+        def statistic(seed: int, rows: Rows, own: Floats = own) -> float:
             known = rows[np.isfinite(own[seed, rows])]
             return float(auroc(np.stack([1 - own[seed, known], own[seed, known]], axis=1), label[known]))
 

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from findings_statistics import alone, corruption, ranked, told_apart, uncertainty, weight, with_level
-from findings_study import AS_THEY_ARE, Read, Statistic, Study, Where, in_order, trained
+from findings_study import AS_THEY_ARE, Read, Statistic, Study, in_order, trained
 from findings_tables import Table
 
 from draf_dist.data.loader import evaluation_batches
 from draf_dist.evaluation.bench_cell import Cell
+from draf_dist.evaluation.bench_conditions import BenchCondition
+from draf_dist.evaluation.bench_job import BenchJob
 from draf_dist.evaluation.predict import Predictor
 from draf_dist.evaluation.predictions import Predictions
 from draf_dist.evaluation.statistics import Estimate
@@ -43,21 +45,28 @@ def risk(study: Study) -> Table:
 
 
 def detection(study: Study) -> Table:
-    """Spearman of each signal with sigma, 0 and those of the job, and AUROC of the largest against clean.
+    """Spearman of each signal with sigma, 0 and those of the job, and AUROC of the largest against clean; none without noise.
 
-    Of one modality in one model: all clean studies that have it, each once, and those of them that the noise hits. A weight that
-    falls with corruption has a negative Spearman and an AUROC above .5.
+    Of one modality in one model, and of the same studies clean and noisy: those that the noise hits, of Spearman those that every
+    noise of the job hits. Noise on one modality of a study (`hits: one`) rarely hits it where there are many, and there its weight
+    is small: against all clean studies a signal that noise leaves alone would seem to follow it. A weight that falls with
+    corruption has a negative Spearman and an AUROC above .5.
     """
-    found = {}
-    modalities, places = _noise(study)
-    for name, (system, reader, sign) in _signals(study).items():
+    found: Table = {}
+    noises = noises_of(study.prepared.job)
+    if not noises:
+        return found
+    modalities = [study.schema.names.index(name) for name in noises[0][1].fitting(study.schema)]
+    sigmas = [0.0, *(one.level for _, one in noises)]
+    for signal, (system, reader, sign) in _signals(study).items():
         by_level, apart = [], []
         for m in modalities:
             clean = study.signals(system, AS_THEY_ARE, reader(m))
-            hit = [study.signals(system, (one, _case(study, case, m)), where_hit(reader(m), m)) for one, case in places]
-            by_level.append(with_level([clean, *hit]))
+            places = [(name, _case(study, one.hits, m)) for name, one in noises]
+            hit = [study.signals(system, where, where_hit(reader(m), m)) for where in places]
+            by_level.append(with_level([clean, *hit], sigmas))
             apart.append(told_apart(sign * clean, sign * hit[-1]))
-        found[name] = summary(study, "Spearman with sigma", by_level) | {
+        found[signal] = summary(study, "Spearman with sigma", by_level) | {
             f"AUROC: {column}": value for column, value in summary(study, "largest sigma", apart).items()
         }
     return found
@@ -74,12 +83,10 @@ def _signals(study: Study) -> dict[str, tuple[str, Reader, int]]:
     return found
 
 
-def _noise(study: Study) -> tuple[list[int], list[Where]]:
-    """The modalities that noise fits, and the conditions that have it, the mildest first, with whom they hit."""
-    conditions = {name: one for name, one in study.prepared.job.conditions.items() if one.operation.kind == "ehr_noise"}
-    rising = sorted(conditions.items(), key=lambda pair: pair[1].level)
-    fitting = rising[0][1].fitting(study.schema)
-    return [study.schema.names.index(name) for name in fitting], [(name, one.hits) for name, one in rising]
+def noises_of(job: BenchJob) -> list[tuple[str, BenchCondition]]:
+    """The conditions with noise on records, the mildest first."""
+    conditions = [(name, one) for name, one in job.conditions.items() if one.operation.kind == "ehr_noise"]
+    return sorted(conditions, key=lambda pair: pair[1].level)
 
 
 def _case(study: Study, hits: str, m: int) -> str:

@@ -8,6 +8,7 @@ import torch
 from findings_study import AS_THEY_ARE, Study, trained
 from findings_tables import Table
 
+from draf_dist.data.corruption.operations import has_numbers
 from draf_dist.data.loader import evaluation_batches
 from draf_dist.evaluation.bench import result_of
 from draf_dist.evaluation.bench_cell import Cell
@@ -22,7 +23,6 @@ from draf_dist.models.absent import clear_absent
 from draf_dist.models.fusion.severity_rejection import SeverityRejection
 from draf_dist.models.severity import SIGMAS, Severity, measurable
 from draf_dist.schema.batch import Batch
-from draf_dist.schema.modality import ModalitySpec, SeriesSpec, TableSpec
 from draf_dist.schema.release import Split
 from draf_dist.storage import open_store
 
@@ -56,10 +56,14 @@ def variances(value: Floats, group: Rows) -> tuple[float, float]:
     """Of a one-way random-effects model: variance between groups and within, by the ANOVA estimator for unequal sizes.
 
     Between = (MSB - MSW) / n0, n0 = (N - sum n_k^2 / N) / (K - 1); 0 where that is negative. It does not rise with the number of
-    groups as the share of the sum of squares does, which is (K - 1) / (N - 1) by chance.
+    groups as the share of the sum of squares does, which is (K - 1) / (N - 1) by chance. Both are NaN of fewer than two groups, and
+    where every group is a single study.
     """
     _, index, count = np.unique(group, return_inverse=True, return_counts=True)
-    mean, total, num = np.bincount(index, value) / count, len(value), len(count)
+    total, num = len(value), len(count)
+    if num < 2 or total == num:
+        return float("nan"), float("nan")
+    mean = np.bincount(index, value) / count
     within = float(((value - mean[index]) ** 2).sum() / (total - num))
     between = float((count * (mean - value.mean()) ** 2).sum() / (num - 1))
     size = (total - (count**2).sum() / total) / (num - 1)
@@ -67,18 +71,24 @@ def variances(value: Floats, group: Rows) -> tuple[float, float]:
 
 
 def explained(value: Floats, group: Rows) -> float:
-    """The share of the variance that lies between groups, 0 to 1; NaN where nothing varies."""
+    """The share of the variance that lies between groups, 0 to 1; NaN where nothing varies or nothing is known of it."""
     between, within = variances(value, group)
     return between / (between + within) if between + within > 0 else float("nan")
 
 
 def shrunken(value: Floats, group: Rows) -> dict[int, float]:
-    """Group -> its mean less that of all, times between / (between + within / n_k): the best linear prediction of its effect."""
+    """Group -> (mean_k - mu) between / (between + within / n_k), the best linear unbiased prediction of its effect (Robinson 1991).
+
+    mu is the generalised least-squares mean: of the groups' means, by weights 1 / (between + within / n_k). 0 where between is 0 or
+    not known.
+    """
     between, within = variances(value, group)
     groups, index, count = np.unique(group, return_inverse=True, return_counts=True)
-    effect = np.bincount(index, value) / count - value.mean()
-    kept = between / (between + within / count) if between > 0 else np.zeros(len(count))
-    return dict(zip(groups.tolist(), (kept * effect).tolist(), strict=True))
+    if not between > 0:
+        return dict.fromkeys(groups.tolist(), 0.0)
+    mean, weight = np.bincount(index, value) / count, 1 / (between + within / count)
+    effect = between * weight * (mean - (weight * mean).sum() / weight.sum())
+    return dict(zip(groups.tolist(), effect.tolist(), strict=True))
 
 
 def site_tables(study: Study) -> dict[str, Table]:
@@ -93,7 +103,9 @@ def site_tables(study: Study) -> dict[str, Table]:
         "E under noise, validation studies: pooled, and less the shrunken mean of the hospital (difference: t over folds)": {
             row: columns for name in names for row, columns in _site_means(name, of[name]).items()
         },
-        "Clean studies with s > 0, and rejected": {name: _shares(study, of[name]) for name in names},
+        "Clean studies with s > 0, and with sigma_hat above the limit of rejection": {
+            name: _shares(study, of[name]) for name in names
+        },
     }
 
 
@@ -116,7 +128,7 @@ def _energies(cell: Cell) -> dict[str, Energies]:
     }
     found = {}
     for spec in schema.modalities:
-        if not _has_numbers(spec):
+        if not has_numbers(spec):
             continue
         noisy = torch.cat([severity.under_noise(spec, batch) for batch in batches["val"]], dim=1)
         train, validation, held_out = (_measured(severity, spec.name, batches[split]) for split in splits)
@@ -124,10 +136,6 @@ def _energies(cell: Cell) -> dict[str, Energies]:
             float(np.log1p(model.config.largest_sigma)), train, validation, held_out, noisy.double().numpy()
         )
     return found
-
-
-def _has_numbers(spec: ModalitySpec) -> bool:
-    return isinstance(spec, SeriesSpec | TableSpec) and any(variable.type == "numeric" for variable in spec.variables)
 
 
 def _measured(severity: Severity, name: str, batches: Sequence[Batch]) -> Measured:
@@ -167,9 +175,12 @@ def told_by_energy(noisy: Floats) -> dict[str, float]:
 
 
 def _shares(study: Study, folds: Sequence[Energies]) -> dict[str, Estimate]:
-    """At hospitals known from training, mean of folds; held out, of the studies that each fold counts, over subjects."""
+    """At hospitals known from training, mean of folds; held out, of the studies that each fold counts, over subjects.
+
+    Of studies above the limit not all are rejected: where every modality of one is, the model keeps the least severe.
+    """
     found: dict[str, Estimate] = {}
-    for name, largest in (("s > 0", 0.0), ("rejected", folds[0].largest)):
+    for name, largest in (("s > 0", 0.0), (f"sigma_hat above {np.expm1(folds[0].largest):g}", folds[0].largest)):
         known = over_folds([float((one.validation.severity > largest).mean()) for one in folds])
         found |= {f"{name}, known: {column}": value for column, value in known.items()}
         of_uid = {
@@ -190,20 +201,23 @@ def _mean_of(each: Floats) -> Callable[[Rows], float]:
 
 
 def over_folds(values: Sequence[float]) -> dict[str, Estimate]:
-    """Mean, least and greatest."""
-    return {"mean": Estimate.of(float(np.mean(values))), "least": Estimate.of(min(values)), "greatest": Estimate.of(max(values))}
+    """Mean, least and greatest, none where one of them is NaN."""
+    return {name: Estimate.of(float(of(values))) for name, of in (("mean", np.mean), ("least", np.min), ("greatest", np.max))}
 
 
 def paired(first: Floats, second: Floats) -> Estimate:
-    """The mean of first - second, (folds,) both, with the t interval over folds."""
+    """The mean of first - second, (folds,) both, with the t interval over folds; none where a fold has no number."""
     found = paired_t(first, second)
+    if np.isnan(found.mean):
+        return Estimate.of(found.mean)
     return Estimate(value=found.mean, low=found.low, high=found.high)
 
 
 def known(study: Study) -> Table:
     """Gains on clean studies of hospitals known from training (validation) and held out, means over seeds, t interval over folds.
 
-    Folds share most of their training studies, so these intervals are if anything too narrow.
+    The known hospitals' studies are those of validation, on which stopping and temperature were chosen. A gain of NLL is better
+    when negative. Folds share most of their training studies, so these intervals are if anything too narrow.
     """
     found: Table = {}
     for system, reference in GAINS:

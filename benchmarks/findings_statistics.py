@@ -1,12 +1,11 @@
 """What the tables of findings read from predictions, and what they work out of it: signals of modalities, by model."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from findings_study import Read, Statistic
 
-from draf_dist.evaluation.statistics import Floats
+from draf_dist.evaluation.statistics import Floats, Rows
 from draf_dist.metrics.classification import auroc
 from draf_dist.metrics.rank import spearman
 
@@ -42,22 +41,28 @@ def averaged(values: Floats) -> Statistic:
 
 
 def told_apart(clean: Floats, hit: Floats) -> Statistic:
-    """AUROC of hit against clean by a signal that rises, (seeds, n) both; NaN is left out."""
+    """AUROC of hit against clean by a signal that rises, (seeds, n) both; a study that is NaN in one of them is left out.
 
-    def statistic(seed: int, rows: Any) -> float:
-        both = np.concatenate([clean[seed, rows], hit[seed, rows]])
-        label = np.repeat([0, 1], len(rows))
-        known = np.isfinite(both)
-        return float(auroc(np.stack([-both[known], both[known]], axis=1), label[known]))
+    So the studies of both are the same, and whom a condition hits more often cannot be told for what it does to them.
+    """
+
+    def statistic(seed: int, rows: Rows) -> float:
+        known = rows[np.isfinite(clean[seed, rows]) & np.isfinite(hit[seed, rows])]
+        both = np.concatenate([clean[seed, known], hit[seed, known]])
+        return float(auroc(np.stack([-both, both], axis=1), np.repeat([0, 1], len(known))))
 
     return statistic
 
 
-def with_level(levels: Sequence[Floats]) -> Statistic:
-    """Spearman of a signal with the level of corruption; the signal at each level, the least first, (seeds, n); NaN is left out."""
+def with_level(signals: Sequence[Floats], levels: Sequence[float]) -> Statistic:
+    """Spearman of a signal with the level of corruption; the signal at each of the levels, (seeds, n) each.
 
-    def statistic(seed: int, rows: Any) -> float:
-        values = np.concatenate([one[seed, rows] for one in levels])
-        return spearman(values, np.repeat(np.arange(len(levels)), len(rows)).astype(np.float64))
+    A study that is NaN at one of the levels is left out, so those of every level are the same.
+    """
+
+    def statistic(seed: int, rows: Rows) -> float:
+        known = rows[np.all([np.isfinite(one[seed, rows]) for one in signals], axis=0)]
+        values = np.concatenate([one[seed, known] for one in signals])
+        return spearman(values, np.repeat(np.asarray(levels, dtype=np.float64), len(known)))
 
     return statistic

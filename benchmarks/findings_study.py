@@ -1,16 +1,16 @@
 """The stored predictions of a finished benchmark, as the tables of findings read them: by system, seed and condition."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from draf_dist.data.corruption.missing import with_present
 from draf_dist.data.loader import evaluation_batches
-from draf_dist.evaluation.bench import Counted, Prepared, result_of, subject_numbers
+from draf_dist.evaluation.bench import Counted, Prepared, Truth, result_of, subject_numbers
 from draf_dist.evaluation.bench_cell import (
     PREDICTION_SEED,
     RUN,
@@ -26,6 +26,7 @@ from draf_dist.evaluation.statistics import Estimate, Floats, Resamples, Rows, e
 from draf_dist.evaluation.subject import Subject, open_subject
 from draf_dist.schema.batch import Batch
 from draf_dist.schema.modality import DataSchema
+from draf_dist.sources.synth.truth import TruthRow
 from draf_dist.storage import open_store
 
 CLEAN, WITHOUT = "clean", "without"
@@ -34,9 +35,9 @@ REPLICATES = 500
 Where = tuple[str, str]
 AS_THEY_ARE: Where = (CLEAN, "all")
 # A number of every study, (n,).
-Read = Callable[[Predictions], Any]
+Read = Callable[[Predictions], ArrayLike]
 # Of a seed's place and rows.
-Statistic = Callable[[int, Any], float]
+Statistic = Callable[[int, Rows], float]
 
 
 class Silent:
@@ -60,7 +61,7 @@ class Study:
     """A benchmark whose cells are finished. truth: planted, or None."""
 
     prepared: Prepared
-    truth: Any
+    truth: Truth | None
 
     @cached_property
     def counted(self) -> Counted:
@@ -68,7 +69,7 @@ class Study:
         return Counted.of(self.prepared)
 
     @property
-    def own(self) -> tuple[Any, ...]:
+    def own(self) -> tuple[Rows, ...]:
         """The uids that each fold counts."""
         return self.counted.own
 
@@ -103,12 +104,13 @@ class Study:
         return Resamples(number, replicates=REPLICATES, seed=0)
 
     def exact(self, where: Where) -> Floats:
-        """The posterior (n, 2) of what is present under the condition, in the order of pooled studies."""
+        """The posterior (n, 2) of what is present under the condition, in the order of pooled studies; of planted truth alone."""
+        assert self.truth is not None
         cells = self.cells(self.prepared.job.reference, self.seeds[0])
         return self.counted.exact([_of_cell(cell, where) for cell in cells], self.truth)
 
     @cached_property
-    def fold(self) -> Any:
+    def fold(self) -> Rows:
         """(n,), in the order of pooled studies."""
         return self._first.fold
 
@@ -149,8 +151,9 @@ class Study:
 
 @dataclass(frozen=True)
 class ImageStudy(Study):
-    """The same, of which one modality is looked at."""
+    """The same, of which one modality is looked at. truth: with the severity that was planted in the files."""
 
+    truth: Mapping[int, TruthRow] | None
     modality: str
 
     @cached_property

@@ -9,6 +9,7 @@ import torch
 from findings_sites import REJECTION, over_folds, severity_of
 from findings_study import AS_THEY_ARE, Study, Where, trained
 from findings_tables import Table, Tables, comparison_tables
+from torch import Tensor
 
 from draf_dist.data.loader import evaluation_batches
 from draf_dist.evaluation.bench import result_of
@@ -24,6 +25,8 @@ from draf_dist.metrics.temperature import Temperature
 from draf_dist.models.fusion.severity_rejection import keep
 from draf_dist.models.severity import Severity
 from draf_dist.schema.batch import Batch, SeriesInput
+from draf_dist.schema.modality import DataSchema, SeriesSpec, TableSpec
+from draf_dist.schema.release import Split
 
 CONDITIONS = ("sigma_10", "half_sigma_3", "sign_flip", "unit_error")
 LARGEST, CLAMPED, FORGOTTEN = 6.0, 4.0, 6.0
@@ -35,24 +38,48 @@ def reject(severity: Severity, largest: float) -> Treatment:
     return lambda batch: replace(batch, present=keep(batch.present, severity(batch), float(np.log1p(largest))))
 
 
-def clamp(largest: float) -> Treatment:
-    """Standardised values of tables and series are at most `largest` away from 0."""
-    return lambda batch: _each_input(batch, lambda value: replace(value, values=value.values.clamp(-largest, largest)))
+def clamp(schema: DataSchema, largest: float) -> Treatment:
+    """Standardised numbers of tables and series are at most `largest` away from 0."""
+
+    def of(value: SeriesInput, numeric: Tensor) -> SeriesInput:
+        return replace(value, values=torch.where(numeric, value.values.clamp(-largest, largest), value.values))
+
+    return lambda batch: _each_input(schema, batch, of)
 
 
-def forget(largest: float) -> Treatment:
-    """Standardised values that are further away from 0 were not observed."""
+def forget(schema: DataSchema, largest: float) -> Treatment:
+    """Standardised numbers that are further away from 0 were not observed; a modality of which nothing is left is missing.
 
-    def of(value: SeriesInput) -> SeriesInput:
-        known = value.observed & (value.values.abs() <= largest)
+    One modality at least is kept: a study that would lose all has them with nothing observed.
+    """
+
+    def of(value: SeriesInput, numeric: Tensor) -> SeriesInput:
+        known = value.observed & (~numeric | (value.values.abs() <= largest))
         return replace(value, values=torch.where(known, value.values, 0.0), observed=known)
 
-    return lambda batch: _each_input(batch, of)
+    def treatment(batch: Batch) -> Batch:
+        found = _each_input(schema, batch, of)
+        left = batch.present & (_measured(found) | ~_measured(batch))
+        return replace(found, present=torch.where(left.any(1, keepdim=True), left, batch.present))
+
+    return treatment
 
 
-def _each_input(batch: Batch, change: Callable[[SeriesInput], SeriesInput]) -> Batch:
-    found = {name: change(value) if isinstance(value, SeriesInput) else value for name, value in batch.inputs.items()}
+def _each_input(schema: DataSchema, batch: Batch, change: Callable[[SeriesInput, Tensor], SeriesInput]) -> Batch:
+    """The tables and series changed; of the variables, bool (F,), those that are numbers: binary ones and codes have no scale."""
+    found = dict(batch.inputs)
+    for spec in schema.modalities:
+        value = found[spec.name]
+        if isinstance(spec, SeriesSpec | TableSpec) and isinstance(value, SeriesInput):
+            found[spec.name] = change(value, torch.tensor([variable.type == "numeric" for variable in spec.variables]))
     return replace(batch, inputs=found)
+
+
+def _measured(batch: Batch) -> Tensor:
+    """Bool (B, M): something of the modality was observed; of images always."""
+    inputs, everyone = (batch.inputs[name] for name in batch.modalities), torch.ones(batch.num_rows, dtype=torch.bool)
+    columns = [value.observed.flatten(1).any(1) if isinstance(value, SeriesInput) else everyone for value in inputs]
+    return torch.stack(columns, dim=1)
 
 
 @dataclass(frozen=True)
@@ -75,16 +102,17 @@ class Model:
     @property
     def treatments(self) -> dict[str, Treatment]:
         """By name."""
+        schema = self.subject.release.schema
         return {
             f"reject where sigma_hat > {LARGEST:g}": reject(self.severity, LARGEST),
-            f"clamp values to +-{CLAMPED:g}": clamp(CLAMPED),
-            f"forget values beyond +-{FORGOTTEN:g}": forget(FORGOTTEN),
+            f"clamp values to +-{CLAMPED:g}": clamp(schema, CLAMPED),
+            f"forget values beyond +-{FORGOTTEN:g}": forget(schema, FORGOTTEN),
         }
 
     def validation(self, treatment: Treatment) -> Temperature:
         """The temperature of treated validation studies."""
         batches = evaluation_batches(self.subject.release, "val", self.cell.batch_size)
-        return temperature_of(self._predict(map(treatment, map(self.subject.normaliser, batches))))
+        return temperature_of(self._predict(map(treatment, map(self.subject.normaliser, batches)), "val"))
 
     def places(self) -> Iterable[tuple[Where, list[Batch]]]:
         """The fold clean and under every condition, case by case."""
@@ -96,11 +124,11 @@ class Model:
 
     def predict(self, batches: Iterable[Batch], treatment: Treatment) -> Predictions:
         """Of treated studies of the fold."""
-        return self._predict(map(treatment, batches))
+        return self._predict(map(treatment, batches), "ood")
 
-    def _predict(self, batches: Iterable[Batch]) -> Predictions:
+    def _predict(self, batches: Iterable[Batch], split: Split) -> Predictions:
         predictor = Predictor(self.subject.exported.model, self.subject.release.schema, self.cell.passes, PREDICTION_SEED)
-        return predictor.predict(batches, split="ood")
+        return predictor.predict(batches, split=split)
 
 
 @dataclass(frozen=True)
@@ -140,7 +168,7 @@ def treatment_tables(study: Study) -> Tables:
         for title, where in _columns(places).items()
     ]
     tables = {f"At test alone: {title}": one for title, one in comparison_tables(results).items()}
-    return tables | {"Studies whose modality would be rejected, of those that are hit": _rejected(study, severities)}
+    return tables | {f"Share with sigma_hat above {LARGEST:g}, of the studies whose modality is hit": _above(study, severities)}
 
 
 def _of_seed(models: list[Model]) -> dict[str, Treated]:
@@ -172,8 +200,11 @@ def _columns(places: list[Where]) -> dict[str, list[Where]]:
 
 
 @torch.no_grad()
-def _rejected(study: Study, severities: list[Severity]) -> Table:
-    """Condition and modality -> share of the studies with sigma_hat above the largest: mean, least and greatest of folds."""
+def _above(study: Study, severities: list[Severity]) -> Table:
+    """Condition and modality -> share of the studies with sigma_hat above the largest: mean, least and greatest of folds.
+
+    Where a study has no other modality below it, the least severe is kept all the same.
+    """
     shares: dict[str, list[float]] = {}
     cells = study.cells(study.prepared.job.reference, study.seeds[0])
     for cell, severity in zip(cells, severities, strict=True):

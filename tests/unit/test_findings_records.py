@@ -9,18 +9,28 @@ import torch
 from hand_made_predictions import studies
 from model_inputs import small_batch, small_schema
 
+from draf_dist.evaluation.bench import Prepared
+from draf_dist.evaluation.bench_folds import FoldPlan
+from draf_dist.evaluation.bench_job import load_bench_job
 from draf_dist.models.severity import SIGMAS, Severity
 from draf_dist.schema.batch import Batch, SeriesInput
+from draf_dist.schema.label import LabelSpec, SurvivalSpec, TaskSpec
+from draf_dist.schema.modality import TableSpec, VariableSpec
+from draf_dist.sources.card import load_card
+from draf_dist.storage import open_store
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import findings_records  # noqa: E402
 from findings_alarms import alarms  # noqa: E402
-from findings_signals import where_hit  # noqa: E402
-from findings_sites import explained, paired, shrunken, told_by_energy, variances  # noqa: E402
+from findings_signals import detection, where_hit  # noqa: E402
+from findings_sites import explained, over_folds, paired, shrunken, told_by_energy, variances  # noqa: E402
 from findings_statistics import averaged, ranked, told_apart, uncertainty, weight, with_level  # noqa: E402
-from findings_study import in_order  # noqa: E402
+from findings_study import Study, in_order  # noqa: E402
 from findings_treatments import clamp, forget, reject  # noqa: E402
 
 EVERY = np.arange(100)
+LEVELS = (0.0, 3.2, 10.0)
 
 
 @pytest.fixture
@@ -52,10 +62,31 @@ def test_a_signal_that_noise_leaves_alone_tells_nothing_apart_and_one_that_rises
     clean = np.random.default_rng(0).normal(size=(1, 100))
     assert told_apart(clean, clean)(0, EVERY) == pytest.approx(0.5)
     assert told_apart(clean, clean + 100)(0, EVERY) == 1
-    assert with_level([clean, clean, clean])(0, EVERY) == pytest.approx(0, abs=1e-12)
+    assert with_level([clean, clean, clean], LEVELS)(0, EVERY) == pytest.approx(0, abs=1e-12)
     # What rises with the level and within no level: ties are all that is between the ranks.
     constant = np.zeros((1, 100))
-    assert with_level([constant, constant + 1, constant + 2])(0, EVERY) == pytest.approx(1)
+    assert with_level([constant, constant + 1, constant + 2], LEVELS)(0, EVERY) == pytest.approx(1)
+
+
+def test_noise_on_one_modality_of_each_study_is_not_seen_in_a_weight_that_it_leaves_alone() -> None:
+    """Weights of 1 / n: who has one modality alone is always hit, and weighs most; the same studies clean weigh the same."""
+    generator = np.random.default_rng(0)
+    present = generator.random((1000, 3)) < 0.5
+    present[:, 0] = True
+    equal = (1 / present.sum(1))[None]
+    hits_one, hits_half = generator.random((2, 1, 1000)) < np.stack([equal, np.full_like(equal, 0.5)])
+    by_one, by_half = np.where(hits_one, equal, np.nan), np.where(hits_half, equal, np.nan)
+    rows = generator.integers(0, 1000, 1000)
+    assert np.nanmean(by_one) > equal.mean() + 0.1
+    assert told_apart(equal, by_one)(0, rows) == 0.5
+    assert with_level([equal, by_half, by_one], LEVELS)(0, rows) == pytest.approx(0, abs=1e-12)
+
+
+def test_two_conditions_of_one_sigma_have_one_level() -> None:
+    constant = np.zeros((1, 100))
+    signals = [constant, constant + 1, constant + 1]
+    assert with_level(signals, (0.0, 10.0, 10.0))(0, EVERY) == pytest.approx(1)
+    assert with_level(signals, LEVELS)(0, EVERY) < 0.9
 
 
 def test_of_a_disturbed_fold_those_count_that_were_hit() -> None:
@@ -104,6 +135,12 @@ def test_without_an_alarm_there_is_no_ppv() -> None:
     assert np.isnan(ppv)
 
 
+def test_without_a_positive_there_is_no_recall() -> None:
+    recall, ppv, number = alarms(np.array([0.1, 0.3]), np.array([0, 0]), threshold=0.2, coverage=1.0)
+    assert np.isnan(recall)
+    assert (ppv, number) == (0, 1)
+
+
 # Hospitals.
 
 
@@ -136,6 +173,34 @@ def test_the_mean_of_a_hospital_is_shrunken_by_hand() -> None:
     assert found == pytest.approx({7: -2 * 7 / (7 + 2 / 2), 8: 2 * 7 / (7 + 2 / 2)})
 
 
+@pytest.fixture
+def unequal() -> tuple[np.ndarray, np.ndarray]:
+    """Hospitals of 2 and 6 studies with means 5 and 0, 5/4 of all; MSW = (2 + 6) / 6 = 4/3, MSB = 2 (15/4)^2 + 6 (5/4)^2 = 75/2."""
+    return np.array([4.0, 6.0, -1.0, -1.0, -1.0, 1.0, 1.0, 1.0]), np.repeat([7, 8], [2, 6])
+
+
+def test_variances_of_few_and_unequal_hospitals_by_hand(unequal: tuple[np.ndarray, np.ndarray]) -> None:
+    """n0 = 8 - (4 + 36) / 8 = 3, where the mean size is 4."""
+    assert variances(*unequal) == pytest.approx(((75 / 2 - 4 / 3) / 3, 4 / 3))
+
+
+def test_the_effect_of_unequal_hospitals_is_taken_from_the_generalised_least_squares_mean(
+    unequal: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Weights 18/229 and 18/221 of the means 5 and 0: mu = 5 * 221 / 450, and 217/229 and 217/221 of what is left."""
+    assert shrunken(*unequal) == pytest.approx({7: 217 / 90, 8: -217 / 90})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("site", [[0, 0, 0], [0, 1, 2], [0]])
+def test_of_one_hospital_or_of_one_study_each_no_variance_is_known(site: list[int]) -> None:
+    value = np.arange(len(site), dtype=np.float64)
+    assert np.isnan(variances(value, np.array(site))).all()
+    assert np.isnan(explained(value, np.array(site)))
+    assert set(shrunken(value, np.array(site)).values()) == {0.0}
+    assert over_folds([0.5, explained(value, np.array(site))])["least"].value is None
+
+
 def test_where_hospitals_do_not_differ_nothing_is_subtracted() -> None:
     assert shrunken(np.array([-1.0, 1.0, -1.0, 1.0]), np.array([0, 0, 1, 1])) == {0: 0.0, 1: 0.0}
 
@@ -154,6 +219,12 @@ def test_the_interval_over_folds_is_students() -> None:
     assert (found.value, found.low, found.high) == pytest.approx((0.3, 0.3 - reach, 0.3 + reach), abs=1e-4)
 
 
+def test_a_fold_without_a_number_leaves_no_mean() -> None:
+    found = paired(np.array([0.1, np.nan]), np.zeros(2))
+    assert (found.value, found.low, found.high) == (None, None, None)
+    assert found.reason
+
+
 # What is done at test.
 
 
@@ -169,7 +240,8 @@ def series(batch: Batch, name: str) -> SeriesInput:
 
 
 def test_a_limit_that_nothing_exceeds_changes_nothing(batch: Batch) -> None:
-    for treatment in (clamp(50.0), forget(50.0)):
+    for treatment in (clamp(small_schema(), 50.0), forget(small_schema(), 50.0)):
+        assert torch.equal(treatment(batch).present, batch.present)
         for name in ("vitals", "labs"):
             before, after = series(batch, name), series(treatment(batch), name)
             assert torch.equal(before.observed, after.observed)
@@ -177,28 +249,134 @@ def test_a_limit_that_nothing_exceeds_changes_nothing(batch: Batch) -> None:
 
 
 def test_a_clamped_value_is_at_the_limit_and_still_observed(batch: Batch) -> None:
-    before, after = series(batch, "labs"), series(clamp(1.0)(batch), "labs")
+    before, after = series(batch, "labs"), series(clamp(small_schema(), 1.0)(batch), "labs")
     assert after.values.abs().max() == 1
     assert torch.equal(before.observed, after.observed)
 
 
 def test_a_forgotten_value_was_not_observed(batch: Batch) -> None:
-    before, after = series(batch, "labs"), series(forget(1.0)(batch), "labs")
+    before, after = series(batch, "labs"), series(forget(small_schema(), 1.0)(batch), "labs")
     assert torch.equal(after.observed, before.observed & (before.values.abs() <= 1))
     assert (after.values[~after.observed] == 0).all()
 
 
-def test_rejection_takes_out_the_modality_that_noise_made_unusable_and_keeps_the_last_one() -> None:
+def test_codes_and_binary_variables_are_left_alone(batch: Batch) -> None:
     schema = small_schema()
-    clean = [small_batch(schema, rows=64, seed=seed) for seed in range(4)]
-    severity = Severity(schema)
-    severity.fit(clean[:3], clean[3:])
+    labs = schema.modalities[2]
+    assert isinstance(labs, TableSpec)
+    code = VariableSpec(name="v0", type="categorical", categories=("a", "b", "c", "d"), low=0, high=3)
+    flag = VariableSpec(name="v1", type="binary")
+    coded = schema.model_copy(
+        update={"modalities": (*schema.modalities[:2], labs.model_copy(update={"variables": (code, flag, *labs.variables[2:])}))}
+    )
+    value = series(batch, "labs")
+    value.values[..., 0], value.values[..., 1] = 3.0, 1.0
+    for treatment in (clamp(coded, 0.5), forget(coded, 0.5)):
+        after = series(treatment(batch), "labs")
+        assert torch.equal(after.observed[..., :2], value.observed[..., :2])
+        known = value.observed[..., :2]
+        assert torch.equal(after.values[..., :2][known], value.values[..., :2][known])
+        assert after.values[..., 2:][after.observed[..., 2:]].abs().max() <= 0.5
+
+
+def test_a_modality_of_which_everything_is_forgotten_is_missing_but_the_last(batch: Batch) -> None:
+    """Labs beyond any limit: they go where something else is left, and nobody loses all; what was never measured is as it was."""
+    value = series(batch, "labs")
+    value.values.fill_(100.0)
+    value.observed[:8] = False
+    after = forget(small_schema(), 50.0)(batch)
+    assert not series(after, "labs").observed.any()
+    assert torch.equal(after.present[:, :2], batch.present[:, :2])
+    had = batch.present[:, 2]
+    lost = had & ~after.present[:, 2]
+    alone = had & (batch.present.sum(1) == 1)
+    assert lost.any()
+    assert alone.any()
+    assert torch.equal(lost, had & ~alone & value.observed.flatten(1).any(1))
+
+
+@pytest.fixture(scope="module")
+def severity() -> Severity:
+    found = Severity(small_schema())
+    found.fit(
+        [small_batch(small_schema(), rows=64, seed=seed) for seed in range(3)], [small_batch(small_schema(), rows=64, seed=3)]
+    )
+    return found
+
+
+def test_rejection_takes_out_the_modality_that_noise_made_unusable_and_keeps_the_last_one(severity: Severity, batch: Batch) -> None:
     treatment = reject(severity, 6.0)
-    assert torch.equal(treatment(clean[0]).present, clean[0].present)
-    hit = clean[0].map(lambda tensor: tensor)
+    assert torch.equal(treatment(batch).present, batch.present)
+    hit = batch.map(lambda tensor: tensor)
     labs = series(hit, "labs")
     hit.inputs["labs"] = SeriesInput(labs.values * 1000, labs.observed, labs.length)
     rejected = treatment(hit).present[:, 2]
     alone = hit.present.sum(1) == 1
     unmeasured = ~labs.observed.flatten(1).any(1)
     assert torch.equal(rejected, hit.present[:, 2] & (alone | unmeasured))
+
+
+def test_the_limit_of_rejection_is_sigma_6(severity: Severity, batch: Batch) -> None:
+    """Labs of one study, larger and larger: sigma_hat rises with them, and they go between 5.8 and 6.2."""
+    labs = series(batch, "labs")
+    (row, *_) = torch.nonzero(batch.present[:, 2] & (batch.present.sum(1) > 1) & labs.observed.flatten(1).all(1))[:, 0].tolist()
+    grown = batch.map(lambda tensor: tensor[[row] * 400])
+    one = series(grown, "labs")
+    factor = torch.logspace(0, 2, 400).view(-1, 1, 1)
+    grown.inputs["labs"] = SeriesInput(one.values * factor, one.observed, one.length)
+    sigma = severity(grown)[:, 2].expm1()
+    kept = reject(severity, 6.0)(grown).present[:, 2]
+    below, above = (sigma > 5.8) & (sigma < 6), (sigma > 6) & (sigma < 6.2)
+    assert below.any()
+    assert above.any()
+    assert kept[below].all()
+    assert not kept[above].any()
+
+
+# The command.
+
+
+def records(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *given: str) -> str:
+    """What it says when it refuses."""
+    monkeypatch.setattr(sys, "argv", ["findings_records.py", *given])
+    with pytest.raises(SystemExit) as stopped:
+        findings_records.main()
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_folder_without_a_benchmark_is_refused_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    said = records(capsys, monkeypatch, "jobs/bench_zoo_eicu.yaml", "--raw", str(tmp_path), "--out", str(tmp_path / "mistyped"))
+    assert "expected the folder of a finished benchmark, found no folds.json. Correct --out." in said
+    assert not any(tmp_path.iterdir())
+
+
+TWO_CLASSES = LabelSpec(name="death", classes=("survived", "died"))
+
+
+def lacking(job: str, label: TaskSpec = TWO_CLASSES) -> set[str]:
+    """The parts that are left out."""
+    found = load_bench_job(ROOT / "jobs" / f"{job}.yaml")
+    return {name for name, part in findings_records.PARTS.items() if part.lacks(found, label)}
+
+
+def test_parts_whose_systems_or_conditions_a_job_lacks_are_left_out() -> None:
+    assert lacking("bench_findings_eicu") == set()
+    assert lacking("bench_zoo_eicu") == {"treatments"}
+    # Neither gate nor rejection nor means without bits.
+    assert lacking("bench_parts_eicu") == {"sites", "known", "treatments"}
+    assert lacking("bench_bits_eicu") == {"sites", "treatments"}
+
+
+def test_of_a_job_without_noise_no_signal_is_asked(tmp_path: Path) -> None:
+    job = load_bench_job(ROOT / "jobs" / "bench_bits_eicu.yaml")
+    prepared = Prepared(job, load_card(ROOT / job.card), open_store(str(tmp_path)), FoldPlan(identity="", folds=()), (), ())
+    assert detection(Study(prepared, None)) == {}
+
+
+def test_alarms_are_of_two_classes() -> None:
+    assert "abstention" in lacking("bench_findings_eicu", LabelSpec(name="unit", classes=("mixed", "medical", "surgical")))
+    assert "abstention" in lacking("bench_findings_eicu", SurvivalSpec(name="death", edges=(7.0,)))
