@@ -12,7 +12,7 @@ compared), where nothing else is said.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,8 +103,8 @@ PARTS = {
 }
 
 
-def main() -> None:
-    """Prints tables; with --json writes every number."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Prints tables; with --json writes every number. words: of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job")
     parser.add_argument("--raw", type=Path, required=True)
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, help="of all that the job has systems and conditions for")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     try:
         study = Study(_finished(load_bench_job(given.job, given.overrides), given.raw, given.out), None)
         lacking = {name: PARTS[name].lacks(study.prepared.job, study.schema.label) for name in given.only or PARTS}

@@ -56,7 +56,7 @@ class ViewsConfig(Spec):
         refuse_twice(transform.kind for transform in self.transforms)
         return self
 
-    def make(self, image: Tensor, *, scale: Scale = AS_STORED, stream: str, seed: int, epoch: Tensor, uid: Tensor) -> Views:  # noqa: ARG002
+    def make(self, image: Tensor, *, scale: Scale = AS_STORED, stream: str, seed: int, epoch: Tensor, uid: Tensor) -> Views:  # noqa: ARG002 - as presets
         """Views of normalised images f32 (B, C, H, W) or volumes (B, C, D, H, W).
 
         They are functions of (seed, stream, view, epoch, uid) and the image alone.

@@ -1,17 +1,12 @@
 """What a reliability could gain at most (benchmarks/planted_ceiling.py): closed forms of the readers."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
+import planted_ceiling as ceiling
 import pytest
 import torch
 from scipy.special import log_expit
 
 from draf_dist.sources.synth.population import Population, draw_population
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import planted_ceiling as ceiling  # noqa: E402
 
 
 @pytest.fixture(scope="module")

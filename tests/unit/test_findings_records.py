@@ -1,11 +1,17 @@
 """What the tables of findings on records are worked out by (benchmarks/findings_records.py): closed forms."""
 
-import sys
 from pathlib import Path
 
+import findings_records
 import numpy as np
 import pytest
 import torch
+from findings_alarms import alarms
+from findings_signals import detection, where_hit
+from findings_sites import explained, over_folds, paired, shrunken, told_by_energy, variances
+from findings_statistics import averaged, ranked, told_apart, uncertainty, weight, with_level
+from findings_study import Study, in_order
+from findings_treatments import clamp, forget, reject
 from hand_made_predictions import studies
 from model_inputs import small_batch, small_schema
 
@@ -20,14 +26,6 @@ from draf_dist.sources.card import load_card
 from draf_dist.storage import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import findings_records  # noqa: E402
-from findings_alarms import alarms  # noqa: E402
-from findings_signals import detection, where_hit  # noqa: E402
-from findings_sites import explained, over_folds, paired, shrunken, told_by_energy, variances  # noqa: E402
-from findings_statistics import averaged, ranked, told_apart, uncertainty, weight, with_level  # noqa: E402
-from findings_study import Study, in_order  # noqa: E402
-from findings_treatments import clamp, forget, reject  # noqa: E402
 
 EVERY = np.arange(100)
 LEVELS = (0.0, 3.2, 10.0)
@@ -336,11 +334,10 @@ def test_the_limit_of_rejection_is_sigma_6(severity: Severity, batch: Batch) -> 
 # The command.
 
 
-def records(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *given: str) -> str:
+def records(capsys: pytest.CaptureFixture[str], *given: str) -> str:
     """What it says when it refuses."""
-    monkeypatch.setattr(sys, "argv", ["findings_records.py", *given])
     with pytest.raises(SystemExit) as stopped:
-        findings_records.main()
+        findings_records.main(given)
     assert stopped.value.code == 2
     return capsys.readouterr().err
 
@@ -349,7 +346,7 @@ def test_a_folder_without_a_benchmark_is_refused_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    said = records(capsys, monkeypatch, "jobs/bench_zoo_eicu.yaml", "--raw", str(tmp_path), "--out", str(tmp_path / "mistyped"))
+    said = records(capsys, "jobs/bench_zoo_eicu.yaml", "--raw", str(tmp_path), "--out", str(tmp_path / "mistyped"))
     assert "expected the folder of a finished benchmark, found no folds.json. Correct --out." in said
     assert not any(tmp_path.iterdir())
 
