@@ -12,6 +12,7 @@ compared), where nothing else is said.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,10 @@ def main(words: Sequence[str] | None = None) -> None:
                 parser.error(f"{given.job}: {name} needs {needed}, found none. Leave {name} out of --only, or take another job.")
         found = Tables()
         for name, needed in lacking.items():
-            found |= {} if needed else PARTS[name].tables(study)
+            if needed:
+                print(f"{name} is left out: it needs {needed}.", file=sys.stderr)
+            else:
+                found |= PARTS[name].tables(study)
     except DrafError as error:
         parser.error(str(error))
     show_tables(found, given.json)
